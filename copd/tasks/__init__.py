@@ -54,5 +54,8 @@ class Task(Protocol):
     def reward(self, prompts: list[Prompt], completions: list[str]) -> list[float]:
         """One number for each completion; `prompts` and `completions` have the same length."""
 
-    def solution(self, prompt: Prompt, rng: np.random.Generator) -> list[int] | None:
-        """Tokens of a worked answer ending in EOS, to imitate in the warm start; None where there is none."""
+    def solution(self, index: int, rng: np.random.Generator, careful: bool) -> list[int] | None:
+        """Tokens of a worked answer to training row `index`, EOS included; None where the task has none.
+
+        The warm start imitates them: correct ones first, then those of an annotator who is not `careful`.
+        """

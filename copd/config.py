@@ -1,0 +1,320 @@
+"""Every setting of a run, in one frozen tree.
+
+A YAML file and `key=value` arguments are laid over these defaults; a key that is not here is an error. Where the paper
+(arXiv 2604.27083) leaves a point open the default is its most literal reading, and the comment says what else there is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+Method = Literal["copd", "expert", "mixed", "mopd", "independent"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    path: str | None = None
+    """a `from_pretrained` name or folder; None builds the tiny Qwen3-VL below"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """compute dtype; with bfloat16 the optimiser keeps fp32 master weights"""
+    attention: str | None = None
+    """`attn_implementation`; None takes flash-attn where installed, else SDPA"""
+    liger: bool = True
+    """use Liger's RMSNorm, SwiGLU and RoPE where installed and on a GPU (never its losses)"""
+    activation_checkpointing: bool = False
+    """recompute activations in the backward pass"""
+    freeze_vision: bool = False
+    """train the language model alone"""
+    hidden_size: int = 128
+    """tiny model: width of the language model"""
+    layers: int = 2
+    """tiny model: depth of the language model"""
+    heads: int = 4
+    """tiny model: attention heads, of `hidden_size / heads` each"""
+    vision_hidden_size: int = 32
+    """tiny model: width of the vision tower"""
+    vision_layers: int = 2
+    """tiny model: depth of the vision tower"""
+    init_std: float = 0.05
+    """tiny model: standard deviation of the initial matrices; at 0.02 the warm start is much slower"""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    path: str = ""
+    """JSONL file, folder, or Hugging Face dataset"""
+    split: str = "train"
+    """split of a Hugging Face dataset"""
+    config_name: str | None = None
+    """configuration of a Hugging Face dataset"""
+    test_path: str | None = None
+    """file of held-out rows; None keeps the last `test_rows` rows of `path` for testing"""
+    test_rows: int = 64
+    """rows held out when there is no `test_path`"""
+    prompt_column: str = "prompt"
+    """text or chat messages"""
+    system_prompt: str | None = None
+    """put before every prompt that has no system message"""
+    rewards: list[str] = field(default_factory=lambda: ["exact_match"])
+    """names in `copd.rewards`, or `module:function` with TRL's signature"""
+    reward_weights: list[float] | None = None
+    """weight of each reward; None is 1 each"""
+    max_prompt_tokens: int | None = None
+    """a longer prompt is an error; None for no limit"""
+    max_frames: int | None = None
+    """frames kept of a video, evenly spaced; None keeps all"""
+    fps: float | None = None
+    """frames a second of the frame folders, for the timestamps"""
+
+
+@dataclass(frozen=True)
+class BranchConfig:
+    task: str = ""
+    """`arithmetic`, `count`, `motion` (synthetic text, image, video), or `data` for real files"""
+    options: dict[str, Any] = field(default_factory=dict)
+    """difficulty of a synthetic task: arguments of its class"""
+    data: DataConfig = field(default_factory=DataConfig)
+    """where the rows come from when `task` is `data`"""
+
+
+@dataclass(frozen=True)
+class WarmStartConfig:
+    clean_steps: int = 0
+    """stage 1: at most so many steps of imitation of correct solutions; 0 skips the warm start"""
+    slip_steps: int = 150
+    """stage 2: steps of imitation of a careless annotator, so that there is something left for RL to learn"""
+    target_accuracy: float = 0.95
+    """stage 1 ends when every domain answers so many of 100 fresh prompts, greedily"""
+    check_every: int = 50
+    """steps between those checks"""
+    lr: float = 3e-3
+    """peak learning rate of stage 1; stage 2 falls from 1e-3 to 1e-4"""
+    batch: int = 48
+    """solutions of each domain a step; a domain at the target falls to a third"""
+    cache_dir: str = "runs/warmstart"
+    """finished warm starts, one folder a configuration and seed, shared by all runs"""
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    prompts: int = 256
+    """prompts a batch, of each branch"""
+    samples: int = 8
+    """G, completions a prompt"""
+    max_new_tokens: int = 16384
+    """longest completion; one that reaches it without EOS is truncated"""
+    temperature: float = 1.0
+    """divides the logits when sampling, and the same logits in every log-prob and KL"""
+    mask_truncated: bool = True
+    """a truncated completion takes no part in the loss (it is counted and logged)"""
+    chunk_prompts: int | None = None
+    """prompts generated at once; None for all: lower it when the KV cache does not fit"""
+
+
+@dataclass(frozen=True)
+class RLVRConfig:
+    clip_low: float = 0.2
+    """ε_low of the clipped ratio"""
+    clip_high: float = 0.28
+    """ε_high of the clipped ratio"""
+    loss_aggregation: Literal["sequence", "token"] = "sequence"
+    """`sequence` 1/B Σ_i 1/|y_i| Σ_t, as in the paper; `token` 1/Σ_i|y_i| Σ_i Σ_t, as in DAPO and EasyVideoR1's code"""
+    normalize_advantage: bool = True
+    """divide by the standard deviation of the group; False keeps r − mean (Dr. GRPO)"""
+    advantage_eps: float = 1e-4
+    """added to that standard deviation"""
+    updates_per_batch: int = 1
+    """optimiser steps on each batch; the ratio leaves 1, and the clip acts, from the second one on"""
+
+
+@dataclass(frozen=True)
+class OPDConfig:
+    signal: Literal["sampled", "reverse", "forward", "jsd"] = "sampled"
+    """`sampled`: the paper's δ on the sampled token; otherwise that divergence over the whole vocabulary"""
+    beta: float = 1.0
+    """β_k, weight of the distillation signal (the paper gives no value)"""
+    branch_beta: dict[str, float] = field(default_factory=dict)
+    """β of single branches, over `beta`"""
+    jsd_beta: float = 0.5
+    """weight of the teacher in the mixture, for `jsd`"""
+    delta_clamp: float | None = None
+    """bound of |δ| for `sampled`; the paper has none, peers clamp at 5 to 10"""
+    clip_ratio: bool = True
+    """δ goes through the clipped ratio like any advantage; False is plain REINFORCE"""
+    native: bool = True
+    """every distillation step also takes a native GRPO batch; False distils alone"""
+    teacher: Literal["live", "phase_start"] = "live"
+    """`live`: the teacher's weights of this very step; `phase_start`: frozen when the phase began"""
+    batch: Literal["per_edge", "split"] = "per_edge"
+    """`prompts` for each teacher, or shared out among a branch's teachers"""
+    overlap_tokens: int = 4096
+    """positions of each cross batch on which overlap and KL are logged"""
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    method: Literal["mean", "weighted", "task_arithmetic", "ties"] = "mean"
+    """how branches become one model; the paper averages"""
+    weights: dict[str, float] = field(default_factory=dict)
+    """weight of each branch: normalised for `weighted`, taken as they are otherwise (default 1 each)"""
+    scale: float = 1.0
+    """λ of task arithmetic and TIES, on the summed or elected task vector"""
+    density: float = 0.2
+    """share of each task vector that TIES keeps"""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    lr: float = 1e-6
+    """AdamW's learning rate, constant"""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """AdamW's momenta"""
+    eps: float = 1e-8
+    """AdamW's ε; 1e-5 keeps rows of unused words still in a tiny model"""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay"""
+    max_grad_norm: float = 1.0
+    """gradients are scaled down to this norm"""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    every: int = 0
+    """steps between evaluations of all branches; 0 for the start and the end only"""
+    prompts: int = 300
+    """held-out prompts of each domain at the end"""
+    samples: int = 2
+    """samples a prompt at temperature 1; accuracy is their mean (pass@1)"""
+    curve_prompts: int = 100
+    """held-out prompts of each domain during training, one sample each"""
+    divergence_prompts: int = 16
+    """prompts of each domain on which overlap and KL between branches are measured"""
+    top_k: int = 10
+    """k of the top-k overlap"""
+    shown: int = 4
+    """samples of each model and domain kept for the report"""
+
+
+@dataclass(frozen=True)
+class Config:
+    name: str = "run"
+    """folder of the run below `output_dir`"""
+    output_dir: str = "runs"
+    """where runs are written"""
+    variant: str = ""
+    """suite the run belongs to in a study; runs of one variant are compared"""
+    method: Method = "copd"
+    """`copd`; `independent`: the same branches without distillation, then merged; `expert`: those, unmerged; `mixed`: one
+    model, all domains; `mopd`: one student of frozen experts"""
+    seed: int = 0
+    """seed of model, data order and sampling"""
+    device: str = "auto"
+    """`cpu`, `cuda`, or `auto`"""
+    threads: int = 0
+    """CPU threads; 0 leaves torch's choice; results are reproducible for one thread count only"""
+    branches: dict[str, BranchConfig] = field(default_factory=dict)
+    """the domains, and the branch that owns each; the first is the hub unless `hub` says otherwise"""
+    topology: Literal["hub", "all"] = "hub"
+    """`hub`: hub and spokes teach each other, spokes do not; `all`: all pairs (the same for two branches)"""
+    hub: str | None = None
+    """name of the hub branch; None is the first"""
+    cycles: int = 8
+    """N, number of Phase I + Phase II cycles"""
+    rl_steps: int = 9
+    """S_RL, steps of each Phase I"""
+    opd_steps: int = 6
+    """S_OPD, steps of each Phase II; S_RL : S_OPD = 1.5 was the paper's best"""
+    mixed_steps: int | None = None
+    """steps of `mixed`; None is K times the steps of a branch, as many updates as the experts take together"""
+    mopd_steps: int | None = None
+    """steps of the `mopd` student, one teacher a step; None is the number of distillation batches of `copd`"""
+    experts: str | None = None
+    """folder of a finished `expert` or `independent` run whose branches teach in `mopd`; None trains them first"""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    warmstart: WarmStartConfig = field(default_factory=WarmStartConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    rlvr: RLVRConfig = field(default_factory=RLVRConfig)
+    opd: OPDConfig = field(default_factory=OPDConfig)
+    merge: MergeConfig = field(default_factory=MergeConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    micro_batch_tokens: int = 65536
+    """tokens (padding included) of one forward and backward pass; gradients of micro-batches add up"""
+    offload: bool = False
+    """a branch's weights and optimiser leave the device while another works"""
+    checkpoint_every: int = 0
+    """steps between resumable checkpoints; 0 for none but on Ctrl-C"""
+    keep_checkpoints: int = 2
+    """older checkpoints are removed"""
+    resume: bool = True
+    """continue from the run's newest checkpoint, if there is one"""
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
+    """trackers beside `metrics.jsonl`"""
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of one branch."""
+        return self.cycles * (self.rl_steps + self.opd_steps)
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.output_dir) / self.name
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.branches):
+            raise ValueError("config: branches must name at least one domain; got none")
+        for name, branch in self.branches.items():
+            if not branch.task:
+                raise ValueError(f"config: branches.{name}.task must be set; got nothing")
+        for key in ("opd.branch_beta", "merge.weights"):
+            section, option = key.split(".")
+            for name in getattr(getattr(self, section), option):
+                if name not in self.branches:
+                    raise ValueError(f"config: {key} must name branches {list(self.branches)}; got {name!r}")
+        if self.hub is not None and self.hub not in self.branches:
+            raise ValueError(f"config: hub must be one of the branches {list(self.branches)}; got {self.hub!r}")
+        for name in ("cycles", "rl_steps", "opd_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"config: {name} must be at least 0; got {getattr(self, name)}")
+        for name, least in (("prompts", 1), ("samples", 1), ("max_new_tokens", 1)):
+            if getattr(self.rollout, name) < least:
+                raise ValueError(f"config: rollout.{name} must be at least {least}; got {getattr(self.rollout, name)}")
+        if not self.rollout.temperature > 0:
+            raise ValueError(f"config: rollout.temperature must be above 0; got {self.rollout.temperature}")
+        if not 0 < self.merge.density <= 1:
+            raise ValueError(f"config: merge.density must be in (0, 1]; got {self.merge.density}")
+
+
+def load(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """The config of a YAML file (None for the defaults) with `key=value` overrides laid over it.
+
+    Raises `ValueError` naming the key for an unknown key, a wrong type or a value that is not one of the options.
+    """
+    for override in overrides:
+        if "=" not in override:
+            raise ValueError(f"config: an override must have the form key=value; got {override!r}")
+    tree = OmegaConf.structured(Config)
+    OmegaConf.set_readonly(tree, False)
+    try:
+        layers = [OmegaConf.load(path)] if path is not None else []
+        return OmegaConf.to_object(OmegaConf.merge(tree, *layers, OmegaConf.from_dotlist(list(overrides))))
+    except OmegaConfBaseException as error:
+        raise ValueError(f"config: {str(error).splitlines()[0]}; at {getattr(error, 'full_key', '?')}") from error
+
+
+def dump(cfg: Config) -> str:
+    """The resolved config as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.structured(cfg))
+
+
+def digest(*parts: Any) -> str:
+    """Twelve hex digits that name any JSON-like or dataclass values."""
+    text = json.dumps([asdict(part) if hasattr(part, "__dataclass_fields__") else part for part in parts], sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
