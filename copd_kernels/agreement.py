@@ -1,0 +1,101 @@
+"""How closely teachers agree with a student: top-k overlap and both KLs, in one sweep without gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from copd_kernels import reference
+from copd_kernels.checks import check, check_same_vocabulary, check_temperature, check_workspace
+from copd_kernels.flatten import Flat, flatten, logits_dtype, projections
+from copd_kernels.head import Head
+from copd_kernels.results import Agreement
+from copd_kernels.rows import load, resolve
+from copd_kernels.schedule import Workspace
+
+
+@torch.library.custom_op("copd::agreement", mutates_args=())
+def agreement_op(
+    hidden: list[Tensor],
+    lm_head: list[Tensor],
+    bias: list[Tensor],
+    scales: list[float],
+    softcaps: list[float],
+    vocab_sizes: list[int],
+    k: int,
+    temperature: float,
+    backend: str,
+    workspace_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(overlap, forward_kl, reverse_kl), (T, N) each; the first head is the student."""
+    dtype = logits_dtype(hidden)
+    heads = projections(Flat(hidden, lm_head, bias, scales, softcaps, vocab_sizes), temperature, dtype)
+    N, teachers = hidden[0].shape[0], list(range(1, len(heads)))
+    rows = load(backend)
+    outputs = [hidden[0].new_empty(len(teachers), N, dtype=dtype) for _ in range(3)]
+    space = Workspace(N, len(heads), heads[0].V, outputs[0], workspace_bytes)
+    for chunk in space.chunks:
+        z = space.logits(chunk.stop - chunk.start)
+        for head, out in zip(heads, z, strict=True):
+            head.project(head.read(chunk, None), out)
+        outputs[0][:, chunk] = rows.overlap(z, 0, teachers, k)
+        outputs[1][:, chunk] = rows.kl(z, 0, teachers, "forward", 0.5)
+        outputs[2][:, chunk] = rows.kl(z, 0, teachers, "reverse", 0.5)
+    return tuple(outputs)
+
+
+@agreement_op.register_fake
+def _(hidden, *_: Any):
+    shape, dtype = (len(hidden) - 1, hidden[0].shape[0]), logits_dtype(hidden)
+    return tuple(hidden[0].new_empty(shape, dtype=dtype) for _ in range(3))
+
+
+@torch.no_grad()
+def agreement(
+    student: Head,
+    teachers: Head | list[Head],
+    *,
+    k: int = 10,
+    temperature: float = 1.0,
+    backend: str | None = None,
+    workspace_bytes: int | None = None,
+) -> Agreement:
+    """overlap = |top-k(p) ∩ top-k(q)| / k, forward_kl = KL(q || p), reverse_kl = KL(p || q), p student and q teacher.
+
+    The symmetric KL of arXiv 2604.27083 is forward_kl + reverse_kl, not halved. Among equal logits the lower id ranks
+    higher.
+
+    Args:
+        student: hidden (..., D).
+        teachers: one head or T heads over the same vocabulary, hidden (..., D_j).
+        k: in 1..V.
+        temperature: positive; divides all logits.
+        backend: "torch", "triton" or "reference"; the fastest available where omitted (see also COPD_BACKEND).
+        workspace_bytes: most memory for a chunk's logits; a default for the device where omitted.
+
+    Returns:
+        (overlap, forward_kl, reverse_kl), (T, ...) each, fp32 (fp64 if any head is), without gradient.
+
+    Raises:
+        ValueError, TypeError: an argument breaks its rule. RuntimeError: the backend is not available here.
+    """
+    teachers = [teachers] if isinstance(teachers, Head) else list(teachers)
+    check("agreement", "teachers", len(teachers) > 0, "not be empty", teachers)
+    named = {f"teachers[{j}]": teacher for j, teacher in enumerate(teachers)}
+    check_same_vocabulary("agreement", "student", student, named)
+    shape = student.hidden.shape[:-1]
+    for name, teacher in named.items():
+        got = tuple(teacher.hidden.shape[:-1])
+        check("agreement", f"{name}.hidden", got == shape, f"have shape (*{tuple(shape)}, D)", got)
+    check("agreement", "k", 1 <= k <= student.V, f"be in 1..{student.V}", k)
+    check_temperature("agreement", temperature)
+    check_workspace("agreement", workspace_bytes)
+
+    name = resolve("agreement", backend, student.hidden.device)
+    if name == "reference":
+        return reference.agreement(student, teachers, k=k, temperature=temperature)
+    flat = flatten([student, *teachers])
+    outputs = agreement_op(*flat, k, float(temperature), name, workspace_bytes or 0)
+    return Agreement(*(x.view(len(teachers), *shape) for x in outputs))

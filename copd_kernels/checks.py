@@ -1,0 +1,91 @@
+"""The one place that words an error: `<op>: <argument> must <rule>; got <value>`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from copd_kernels.head import Head
+
+
+def check(op: str, argument: str, ok: bool, rule: str, got: object, fix: str = "") -> None:
+    if not ok:
+        raise ValueError(_message(op, argument, rule, got, fix))
+
+
+def check_type(op: str, argument: str, ok: bool, rule: str, got: object, fix: str = "") -> None:
+    if not ok:
+        raise TypeError(_message(op, argument, rule, got, fix))
+
+
+def _message(op: str, argument: str, rule: str, got: object, fix: str) -> str:
+    return f"{op}: {argument} must {rule}; got {got}" + (f"; {fix}" if fix else "")
+
+
+def check_option(op: str, argument: str, got: str, options: tuple[str, ...]) -> None:
+    check(op, argument, got in options, "be one of " + ", ".join(options), repr(got))
+
+
+def values_are_checked(tensor: Tensor) -> bool:
+    """Reading a CUDA tensor's values stops the host, so there it is done only under COPD_DEBUG=1; never in a trace."""
+    if torch.compiler.is_compiling():
+        return False
+    return tensor.device.type == "cpu" or os.environ.get("COPD_DEBUG") == "1"
+
+
+def check_values(op: str, argument: str, values: Tensor, allowed: Callable[[Tensor], Tensor], rule: str) -> None:
+    """Every value must be `allowed`; the first one that is not is named."""
+    if values_are_checked(values):
+        ok = allowed(values)
+        if not bool(ok.all()):
+            check(op, argument, False, rule, values[~ok][0].item())
+
+
+def check_integers(op: str, argument: str, ids: Tensor, shape: torch.Size, device: torch.device) -> None:
+    check_type(op, argument, ids.dtype == torch.int64, "be int64", ids.dtype)
+    check(op, argument, ids.shape == shape, f"have shape {tuple(shape)}", tuple(ids.shape))
+    check(op, argument, ids.device == device, f"be on {device}", ids.device)
+
+
+def check_divergence(op: str, divergence: str, beta: float, temperature: float) -> None:
+    check_option(op, "divergence", divergence, ("reverse", "forward", "jsd", "symmetric"))
+    fix = "its limits are divergence='forward' and 'reverse'"
+    check(op, "beta", divergence != "jsd" or 0 < beta < 1, "be in (0, 1) for jsd", beta, fix)
+    check_temperature(op, temperature)
+
+
+def check_temperature(op: str, temperature: float) -> None:
+    check(op, "temperature", temperature > 0, "be positive", temperature)
+
+
+def check_workspace(op: str, workspace_bytes: int | None) -> None:
+    ok = workspace_bytes is None or workspace_bytes > 0
+    check(op, "workspace_bytes", ok, "be positive", workspace_bytes)
+
+
+def check_same_vocabulary(op: str, name: str, first: Head, others: dict[str, Head]) -> None:
+    fix = "pass vocab_size to cut padding rows off"
+    for other_name, other in others.items():
+        rule = f"have {name}'s vocabulary of {first.V} tokens"
+        check(op, other_name, other.V == first.V, rule, other.V, fix)
+        rule = f"be on {name}'s device {first.hidden.device}"
+        check(op, other_name, other.hidden.device == first.hidden.device, rule, other.hidden.device)
+
+
+def check_token_weight(
+    op: str, weight: Tensor | None, shape: torch.Size, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """The checked weights in `dtype`; ones where there are none."""
+    if weight is None:
+        return torch.ones(shape, dtype=dtype, device=device)
+    ok = weight.is_floating_point() or weight.dtype == torch.bool
+    check_type(op, "token_weight", ok, "be floating or bool", weight.dtype)
+    check(op, "token_weight", weight.shape == shape, f"have shape {tuple(shape)}", tuple(weight.shape))
+    check(op, "token_weight", weight.device == device, f"be on {device}", weight.device)
+    check_values(op, "token_weight", weight, lambda w: w >= 0, "be >= 0")
+    return weight.detach().to(dtype)

@@ -1,0 +1,92 @@
+"""Heads as operators take them: flat lists of tensors and numbers, in the GEMM's own shapes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from copd_kernels.head import Head
+from copd_kernels.reference import accumulator
+from copd_kernels.schedule import Projection, operand_dtype
+
+
+class Flat(NamedTuple):
+    """H heads, one entry each: operators take no optional tensors in lists, so a missing bias is an empty one."""
+
+    hidden: list[Tensor]  # (N, D)
+    lm_head: list[Tensor]  # (V or more, D)
+    bias: list[Tensor]  # (V or more,) or (0,)
+    scale: list[float]
+    softcap: list[float]  # 0 where there is none
+    vocab_size: list[int]
+
+
+def flatten(heads: list[Head]) -> Flat:
+    """Hidden states as (N, D), in autocast's dtype where autocast is on, as `F.linear` would have it."""
+    return Flat(
+        [cast(head.hidden).reshape(-1, head.hidden.shape[-1]) for head in heads],
+        [cast(head.lm_head) for head in heads],
+        [cast(head.lm_head).new_empty(0) if head.bias is None else cast(head.bias) for head in heads],
+        [float(head.scale) for head in heads],
+        [float(head.softcap or 0.0) for head in heads],
+        [head.V for head in heads],
+    )
+
+
+def cast(x: Tensor) -> Tensor:
+    device = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return x.to(torch.get_autocast_dtype(device))
+    return x
+
+
+def projections(heads: Flat, temperature: float, dtype: torch.dtype) -> list[Projection]:
+    """Every head as the schedule reads it, its temperature folded in; `dtype` is what logits are kept in."""
+    return [
+        Projection(
+            hidden,
+            lm_head[:V],
+            bias[:V] if bias.numel() else None,
+            scale / temperature,
+            softcap / temperature if softcap else None,
+            operand_dtype(hidden, dtype),
+        )
+        for hidden, lm_head, bias, scale, softcap, V in zip(*heads, strict=True)
+    ]
+
+
+def logits_dtype(hidden: list[Tensor]) -> torch.dtype:
+    return accumulator(*(x.dtype for x in hidden))
+
+
+def wanted(head: Head) -> list[bool]:
+    """Which of hidden, lm_head and bias autograd will ask a gradient of."""
+    tensors = (head.hidden, head.lm_head, head.bias)
+    return [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors]
+
+
+def fake_gradients(hidden: Tensor, lm_head: Tensor, want: list[bool], dtype: torch.dtype) -> list[Tensor]:
+    """Shapes of `Gradients.tensors()`."""
+    shapes = (hidden.shape, lm_head.shape, lm_head.shape[:1])
+    return [hidden.new_empty(shape if w else (0,), dtype=dtype) for shape, w in zip(shapes, want, strict=True)]
+
+
+@torch.library.custom_op("copd::scale", mutates_args=())
+def scale(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """total * factor in `dtype`, leaving `total` as it is and making no wider copy of it.
+
+    An operator without a derivative: asking for a second derivative raises instead of being silently wrong.
+    """
+    out = torch.empty_like(total, dtype=dtype)
+    # CPU kernels widen whole operands: there, a few rows at a time
+    step = max(1, total.shape[0]) if total.is_cuda or dtype == total.dtype else 1024
+    for source, target in zip(total.split(step), out.split(step), strict=True):
+        torch.mul(source, factor, out=target)
+    return out
+
+
+@scale.register_fake
+def _(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(total, dtype=dtype)

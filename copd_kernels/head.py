@@ -1,0 +1,101 @@
+"""A head: hidden states and the matrix that reads them.
+
+Every op of this package takes heads, never logits. A head's logits, which no op ever holds in full, are
+
+    logits = scale * (hidden @ lm_head[:vocab_size].T + bias[:vocab_size])        (..., vocab_size)
+    logits = softcap * tanh(logits / softcap)                                     if softcap is set
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from copd_kernels.checks import check, check_type
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """Hidden states and the output projection that turns them into logits.
+
+    Args:
+        hidden: (..., D), fp16, bf16, fp32 or fp64: last hidden states, after the final norm.
+        lm_head: (V, D), dtype and device of `hidden`: one row a token.
+        bias: (V,), dtype and device of `hidden`.
+        scale: multiplies the logits (Cohere's `logit_scale`, one over Granite's `logits_scaling`).
+        softcap: bounds the logits to ±softcap by tanh (Gemma's `final_logit_softcapping`).
+        vocab_size: number of leading rows of `lm_head` and `bias` that are tokens; the rest is padding.
+
+    Raises:
+        ValueError: shape, device or range. TypeError: dtype.
+    """
+
+    hidden: Tensor
+    lm_head: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+    vocab_size: int | None = None
+
+    def __post_init__(self) -> None:
+        hidden, lm_head, bias = self.hidden, self.lm_head, self.bias
+        check_type("Head", "hidden", hidden.dtype in DTYPES, "have a floating dtype", hidden.dtype)
+        check("Head", "hidden", hidden.dim() >= 1, "have shape (..., D)", tuple(hidden.shape))
+        D = hidden.shape[-1]
+        shape = tuple(lm_head.shape)
+        check("Head", "lm_head", len(shape) == 2 and shape[1] == D, f"have shape (V, D={D})", shape)
+        check("Head", "lm_head", shape[0] >= 1, "have at least one row", shape)
+        rule = f"have hidden's dtype {hidden.dtype}"
+        check_type("Head", "lm_head", lm_head.dtype == hidden.dtype, rule, lm_head.dtype)
+        place = f"be on hidden's device {hidden.device}"
+        check("Head", "lm_head", lm_head.device == hidden.device, place, lm_head.device)
+        if bias is not None:
+            V = shape[0]
+            check("Head", "bias", tuple(bias.shape) == (V,), f"have shape (V={V},)", tuple(bias.shape))
+            check_type("Head", "bias", bias.dtype == hidden.dtype, rule, bias.dtype)
+            check("Head", "bias", bias.device == hidden.device, place, bias.device)
+        check("Head", "scale", self.scale != 0, "not be zero", self.scale)
+        check("Head", "softcap", self.softcap is None or self.softcap > 0, "be positive", self.softcap)
+        size = self.vocab_size
+        check("Head", "vocab_size", size is None or 1 <= size <= shape[0], f"be in 1..{shape[0]}", size)
+
+    @property
+    def V(self) -> int:
+        """Number of tokens the head can name: `vocab_size`, or all rows of `lm_head`."""
+        return self.lm_head.shape[0] if self.vocab_size is None else self.vocab_size
+
+    @classmethod
+    def of(cls, model: Any, hidden: Tensor, vocab_size: int | None = None) -> Head:
+        """The head of a transformers model, for hidden states its backbone made.
+
+        Weight and bias come from `model.get_output_embeddings()`; softcap and scale from the config (of the text
+        model, if there are several), under the names Gemma, Cohere and Granite give them.
+
+        Args:
+            model: a causal or vision language model of transformers.
+            hidden: (..., D), what `lm_head` would read: the backbone's `last_hidden_state`.
+            vocab_size: as in `Head`; pass the tokenizer's length where the embedding is padded.
+        """
+        output = model.get_output_embeddings()
+        check("Head.of", "model", output is not None, "have output embeddings", type(model).__name__)
+        config = model.config.get_text_config()
+        scale = getattr(config, "logit_scale", None) or 1.0
+        scale /= getattr(config, "logits_scaling", None) or 1.0
+        return cls(
+            hidden,
+            output.weight,
+            bias=getattr(output, "bias", None),
+            scale=scale,
+            softcap=getattr(config, "final_logit_softcapping", None),
+            vocab_size=vocab_size,
+        )
+
+    def detach(self) -> Head:
+        """The same head, outside the graph: how every teacher is read."""
+        bias = None if self.bias is None else self.bias.detach()
+        return Head(self.hidden.detach(), self.lm_head.detach(), bias, self.scale, self.softcap, self.vocab_size)

@@ -1,0 +1,302 @@
+"""Divergence of one student from several teachers, from hidden states.
+
+One sweep over chunks of tokens: T + 1 projections, the rows, two projections back. With a scalar reduction the
+gradient is made in that same sweep (T + 3 GEMM passes in all) and backward only multiplies it; per-token results are
+swept again in backward, when their upstream gradient is known. Routed tokens are gathered by teacher, so each is
+projected by one teacher only (4 passes whatever T is). (N, V) logits never exist.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from copd_kernels import reference
+from copd_kernels.checks import (
+    check,
+    check_divergence,
+    check_integers,
+    check_same_vocabulary,
+    check_token_weight,
+    check_type,
+    check_values,
+    check_workspace,
+)
+from copd_kernels.flatten import (
+    Flat,
+    fake_gradients,
+    flatten,
+    logits_dtype,
+    projections,
+    scale,
+    wanted,
+)
+from copd_kernels.head import Head
+from copd_kernels.rows import load, resolve
+from copd_kernels.schedule import Gradients, Projection, Workspace
+
+
+@torch.library.custom_op("copd::kl", mutates_args=())
+def kl_op(
+    hidden: Tensor,
+    lm_head: Tensor,
+    bias: Tensor,
+    teacher_hidden: list[Tensor],
+    teacher_lm_head: list[Tensor],
+    teacher_bias: list[Tensor],
+    teacher_weight: Tensor,
+    teacher_index: Tensor | None,
+    token_weight: Tensor,
+    scales: list[float],
+    softcaps: list[float],
+    vocab_sizes: list[int],
+    divergence: str,
+    beta: float,
+    temperature: float,
+    backend: str,
+    workspace_bytes: int,
+    per_token: bool,
+    want: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Per-token w·d (N,) or its sum (), then the sum's gradients over `unit`, then `unit`.
+
+    `teacher_weight` is (T, N) or (T, 1), and (1, 1) where `teacher_index` routes. The number lists are those of `Flat`
+    for student and teachers.
+    """
+    dtype = logits_dtype([hidden, *teacher_hidden])
+    tensors = [hidden, *teacher_hidden], [lm_head, *teacher_lm_head], [bias, *teacher_bias]
+    student, *teachers = projections(Flat(*tensors, scales, softcaps, vocab_sizes), temperature, dtype)
+    if teacher_index is not None:
+        # a token without a teacher has nothing to learn
+        token_weight = torch.where(teacher_index < 0, 0, token_weight)
+    weight = (teacher_weight * token_weight).to(dtype)  # (T, N); routed (1, N)
+    gradients = Gradients(student, lm_head.shape[0], want, weight) if any(want) else None
+    narrow = gradients.dlogits_dtype if gradients else None
+    rows = load(backend)
+    d = weight.new_zeros(hidden.shape[0])
+
+    for segment in segments(hidden.shape[0], teachers, teacher_index):
+        heads = 1 + len(segment.teachers)
+        space = Workspace(segment.size, heads, student.V, d, workspace_bytes, narrow)
+        for part in space.chunks:
+            chunk = part if segment.tokens is None else segment.tokens[part]
+            w = weight[:, chunk]  # (T, R)
+            z = space.logits(w.shape[1])
+            mine = student.read(chunk, (w != 0).any(0))
+            student.project(mine, z[0])
+            for j, teacher in enumerate(segment.teachers):
+                # a routed teacher holds its own tokens only, so there the chunk is counted among those
+                teacher.project(teacher.read(part, w[j] != 0), z[j + 1])
+            pairs = (z, 0, list(range(1, heads)), divergence, beta)
+            if gradients is None:
+                value = rows.kl(*pairs)
+            else:
+                dlogits = space.dlogits(w.shape[1])
+                value = rows.kl(*pairs, w * gradients.factor, student.cap, dlogits)
+                gradients.add(dlogits, mine, chunk)
+            d[chunk] = torch.where(w == 0, 0, w * value).sum(0)
+
+    result = d if per_token else d.sum()
+    if gradients is None:
+        return result, *(d.new_empty(0) for _ in range(3)), d.new_ones(())
+    return result, *gradients.tensors(), gradients.unit
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Tokens that have the same teachers: those listed, or all in order."""
+
+    tokens: Tensor | None
+    size: int
+    teachers: list[Projection]
+
+
+def segments(N: int, teachers: list[Projection], teacher_index: Tensor | None) -> list[Segment]:
+    """One segment with every teacher, or one a teacher with the tokens routed to it."""
+    if teacher_index is None:
+        return [Segment(None, N, teachers)]
+    order = torch.argsort(teacher_index, stable=True)
+    # the one host sync: how many tokens each teacher has
+    start, *counts = torch.bincount(teacher_index + 1, minlength=len(teachers) + 1).tolist()
+    result = []
+    for j, (teacher, count) in enumerate(zip(teachers, counts, strict=True)):
+        rows = teacher.hidden.shape[0]
+        rule = f"hold the {count} tokens routed to it"
+        check("kl", f"teachers[{j}].hidden", rows == count, rule, f"{rows} rows")
+        result.append(Segment(order[start : start + count], count, [teacher]))
+        start += count
+    return result
+
+
+@kl_op.register_fake
+def _(
+    hidden, lm_head, bias, teacher_hidden, teacher_lm_head, teacher_bias, teacher_weight, teacher_index,
+    token_weight, scales, softcaps, vocab_sizes, divergence, beta, temperature, backend, workspace_bytes,
+    per_token, want,
+):  # fmt: skip
+    dtype = logits_dtype([hidden, *teacher_hidden])
+    result = hidden.new_empty(hidden.shape[:1] if per_token else (), dtype=dtype)
+    return result, *fake_gradients(hidden, lm_head, want, dtype), hidden.new_empty((), dtype=dtype)
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    _, *gradients, unit = output
+    student, lists, weights, rest = inputs[:3], inputs[3:6], inputs[6:9], inputs[9:]
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*gradients, unit)
+    ctx.dtype, ctx.T = inputs[0].dtype, len(lists[0])
+    *ctx.rest, ctx.per_token, _ = rest
+    if ctx.per_token:
+        ctx.save_for_backward(*student, *weights, *(x for tensors in lists for x in tensors))
+    else:
+        ctx.save_for_backward(*gradients, unit)
+
+
+def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple:
+    nothing = [None] * ctx.T
+    student = [None] * 3
+    needs = ctx.needs_input_grad[:3]
+    if upstream is not None:
+        if ctx.per_token:
+            saved, T = ctx.saved_tensors, ctx.T
+            *weights, token_weight = saved[3:6]
+            lists = [list(saved[i : i + T]) for i in (6, 6 + T, 6 + 2 * T)]
+            token_weight = torch.where(token_weight == 0, 0, token_weight * upstream)
+            _, *gradients, unit = kl_op(*saved[:3], *lists, *weights, token_weight, *ctx.rest, False, list(needs))
+        else:
+            *gradients, unit = ctx.saved_tensors
+            unit = unit * upstream
+        student = [scale(g, unit, ctx.dtype) if need else None for g, need in zip(gradients, needs, strict=True)]
+    return *student, nothing, nothing, nothing, *[None] * 13
+
+
+kl_op.register_autograd(_backward, setup_context=_save)
+
+
+def kl(
+    student: Head,
+    teachers: Head | list[Head],
+    *,
+    divergence: str = "reverse",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    teacher_weight: Tensor | None = None,
+    teacher_index: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    reduction: str = "mean",
+    backend: str | None = None,
+    workspace_bytes: int | None = None,
+) -> Tensor:
+    """Weighted divergence of a student from its teachers: d_n = sum_j w_jn D(student_n, teacher_jn), in nats.
+
+    With p the student's and q a teacher's softmax over the vocabulary, both of logits / temperature:
+
+        reverse    KL(p || q) = sum_v p_v log(p_v / q_v)
+        forward    KL(q || p) = sum_v q_v log(q_v / p_v)
+        symmetric  their sum, not halved
+        jsd        beta KL(q || m) + (1 - beta) KL(p || m),   m = beta q + (1 - beta) p
+
+    The loss is not rescaled by temperature². A token of zero weight contributes exactly nothing, even if its hidden
+    states are NaN; a word of zero mass on both sides contributes 0, on the teacher's side alone +inf to `reverse`.
+    Source: arXiv 2604.27083, section 3 (on-policy distillation at vocabulary level).
+
+    Args:
+        student: hidden (..., D).
+        teachers: one head or T heads over the same vocabulary, hidden (..., D_j); no gradient reaches them.
+        divergence: one of the four above.
+        beta: in (0, 1), of `jsd` only.
+        temperature: positive; divides all logits.
+        teacher_weight: (T,) or (T, ...), floating, finite: w; 1 / T each where omitted.
+        teacher_index: (...), int64 in -1..T-1: token n has the one teacher `teacher_index[n]`, none where it is -1;
+            teacher j's hidden is then (count of j, D_j), its own tokens in order. Stops the host once on CUDA.
+        token_weight: (...), floating or bool, >= 0: a mask or per-token weights u; 1 where omitted.
+        reduction: "mean" sum_n u_n d_n / sum_n u_n (0 if that is 0), "sum" sum_n u_n d_n, "none" u_n d_n.
+        backend: "torch", "triton" or "reference"; the fastest available where omitted (see also COPD_BACKEND).
+        workspace_bytes: most memory for a chunk's logits; a default for the device where omitted.
+
+    Returns:
+        () or (...), fp32 (fp64 if any head is), differentiable in the student's hidden, lm_head and bias.
+
+    Raises:
+        ValueError, TypeError: an argument breaks its rule. Values (weights >= 0, index in range) are checked on the
+        CPU; on CUDA under COPD_DEBUG=1 only. RuntimeError: the backend is not available here.
+    """
+    teachers = [teachers] if isinstance(teachers, Head) else list(teachers)
+    check("kl", "teachers", len(teachers) > 0, "not be empty", teachers)
+    check_divergence("kl", divergence, beta, temperature)
+    check("kl", "reduction", reduction in ("mean", "sum", "none"), "be mean, sum or none", repr(reduction))
+    check_same_vocabulary("kl", "student", student, {f"teachers[{j}]": t for j, t in enumerate(teachers)})
+    shape, device, T = student.hidden.shape[:-1], student.hidden.device, len(teachers)
+    dtype = logits_dtype([student.hidden, *(teacher.hidden for teacher in teachers)])
+    token_weight = check_token_weight("kl", token_weight, shape, device, dtype)
+    if teacher_index is None:
+        for j, teacher in enumerate(teachers):
+            got = tuple(teacher.hidden.shape[:-1])
+            check("kl", f"teachers[{j}].hidden", got == shape, f"have shape (*{tuple(shape)}, D)", got)
+        if teacher_weight is None:
+            teacher_weight = torch.full((T,), 1 / T, dtype=dtype, device=device)
+        got = tuple(teacher_weight.shape)
+        rule = f"have shape ({T},) or {(T, *shape)}"
+        check("kl", "teacher_weight", got in ((T,), (T, *shape)), rule, got)
+        check_type("kl", "teacher_weight", teacher_weight.is_floating_point(), "be floating", teacher_weight.dtype)
+        rule = f"be on {device}"
+        check("kl", "teacher_weight", teacher_weight.device == device, rule, teacher_weight.device)
+        teacher_weight = teacher_weight.detach().to(dtype)
+    else:
+        fix = "put the weight into token_weight"
+        check("kl", "teacher_weight", teacher_weight is None, "be None with teacher_index", "a tensor", fix)
+        check_integers("kl", "teacher_index", teacher_index, shape, device)
+        in_range = f"be in -1..{T - 1}"
+        check_values("kl", "teacher_index", teacher_index, lambda i: (i >= -1) & (i < T), in_range)
+        for j, teacher in enumerate(teachers):
+            got = tuple(teacher.hidden.shape)
+            check("kl", f"teachers[{j}].hidden", len(got) == 2, "have shape (tokens routed to it, D)", got)
+
+    check_workspace("kl", workspace_bytes)
+
+    name = resolve("kl", backend, device)
+    if name == "reference":
+        if teacher_index is None:
+            wide = (T, *[1] * len(shape)) if teacher_weight.dim() == 1 else teacher_weight.shape
+            teacher_weight = teacher_weight.reshape(wide).expand(T, *shape)
+        return reference.kl(
+            student,
+            teachers,
+            divergence=divergence,
+            beta=beta,
+            temperature=temperature,
+            teacher_weight=teacher_weight,
+            teacher_index=teacher_index,
+            token_weight=token_weight,
+            reduction=reduction,
+        )
+    flat = flatten([student, *(teacher.detach() for teacher in teachers)])
+    if teacher_index is None:
+        teacher_weight = teacher_weight.reshape(T, -1)
+    else:
+        teacher_weight = token_weight.new_ones(1, 1)
+        teacher_index = teacher_index.reshape(-1)
+    result = kl_op(
+        *(tensors[0] for tensors in flat[:3]),
+        *(tensors[1:] for tensors in flat[:3]),
+        teacher_weight,
+        teacher_index,
+        token_weight.reshape(-1),
+        *flat[3:],
+        divergence,
+        float(beta),
+        float(temperature),
+        name,
+        workspace_bytes or 0,
+        reduction == "none",
+        wanted(student) if reduction != "none" else [False] * 3,
+    )[0]
+    if reduction == "none":
+        return result.view(shape)
+    if reduction == "sum":
+        return result
+    total = token_weight.sum()
+    return result / torch.where(total > 0, total, 1)

@@ -1,0 +1,173 @@
+"""Log-probability of the sampled token, entropy and logsumexp, from hidden states.
+
+Forward is one sweep over chunks of tokens and one GEMM pass; backward sweeps again, with each token's upstream
+gradients at hand: one pass for the logits, one each for dhidden and dlm_head. (N, V) logits never exist.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from copd_kernels import reference
+from copd_kernels.checks import check_integers, check_temperature, check_values, check_workspace
+from copd_kernels.flatten import Flat, fake_gradients, flatten, logits_dtype, projections, scale
+from copd_kernels.head import Head
+from copd_kernels.results import LogProb
+from copd_kernels.rows import load, resolve
+from copd_kernels.schedule import Gradients, Projection, Workspace
+
+
+@torch.library.custom_op("copd::logprob", mutates_args=())
+def logprob_op(
+    hidden: Tensor,
+    lm_head: Tensor,
+    bias: Tensor,
+    tokens: Tensor,
+    numbers: list[float],
+    vocab_size: int,
+    temperature: float,
+    ignore_index: int,
+    backend: str,
+    workspace_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(logp, entropy, lse), (N,) each; `numbers` is the head's scale and softcap."""
+    head = single(hidden, lm_head, bias, numbers, vocab_size, temperature)
+    rows = load(backend)
+    outputs = [hidden.new_empty(hidden.shape[0], dtype=logits_dtype([hidden])) for _ in range(3)]
+    space = Workspace(hidden.shape[0], 1, head.V, outputs[0], workspace_bytes)
+    for chunk in space.chunks:
+        keep = tokens[chunk] != ignore_index
+        z = space.logits(keep.shape[0])
+        head.project(head.read(chunk, keep), z[0])
+        results = rows.logprob(z, torch.where(keep, tokens[chunk], 0))
+        for output, result in zip(outputs, results, strict=True):
+            output[chunk] = torch.where(keep, result, 0)
+    return tuple(outputs)
+
+
+@torch.library.custom_op("copd::logprob_backward", mutates_args=())
+def logprob_backward(
+    hidden: Tensor,
+    lm_head: Tensor,
+    bias: Tensor,
+    tokens: Tensor,
+    numbers: list[float],
+    vocab_size: int,
+    temperature: float,
+    ignore_index: int,
+    backend: str,
+    workspace_bytes: int,
+    upstream: Tensor,
+    want: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients over `unit`, then `unit`; `upstream` (3, N) belongs to logp, entropy and lse."""
+    head = single(hidden, lm_head, bias, numbers, vocab_size, temperature)
+    rows = load(backend)
+    upstream = torch.where(tokens != ignore_index, upstream, 0)
+    gradients = Gradients(head, lm_head.shape[0], want, upstream)
+    space = Workspace(hidden.shape[0], 1, head.V, upstream, workspace_bytes, gradients.dlogits_dtype)
+    for chunk in space.chunks:
+        keep = tokens[chunk] != ignore_index
+        z, dlogits = space.logits(keep.shape[0]), space.dlogits(keep.shape[0])
+        mine = head.read(chunk, keep)
+        head.project(mine, z[0])
+        g = upstream[:, chunk] * gradients.factor
+        rows.logprob_grad(z, torch.where(keep, tokens[chunk], 0), *g.unbind(), head.cap, dlogits)
+        gradients.add(dlogits, mine, chunk)
+    return *gradients.tensors(), gradients.unit
+
+
+def single(
+    hidden: Tensor,
+    lm_head: Tensor,
+    bias: Tensor,
+    numbers: list[float],
+    vocab_size: int,
+    temperature: float,
+) -> Projection:
+    flat = Flat([hidden], [lm_head], [bias], numbers[:1], numbers[1:], [vocab_size])
+    return projections(flat, temperature, logits_dtype([hidden]))[0]
+
+
+@logprob_op.register_fake
+def _(hidden, *_: Any):
+    return tuple(hidden.new_empty(hidden.shape[:1], dtype=logits_dtype([hidden])) for _ in range(3))
+
+
+@logprob_backward.register_fake
+def _(hidden, lm_head, bias, *rest: Any):
+    dtype = logits_dtype([hidden])
+    return *fake_gradients(hidden, lm_head, rest[-1], dtype), hidden.new_empty((), dtype=dtype)
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.rest = inputs[4:]
+
+
+def _backward(ctx: Any, *upstream: Tensor) -> tuple:
+    needs = list(ctx.needs_input_grad[:3])
+    *gradients, unit = logprob_backward(*ctx.saved_tensors, *ctx.rest, torch.stack(upstream), needs)
+    dtype = ctx.saved_tensors[0].dtype
+    done = [scale(g, unit, dtype) if need else None for g, need in zip(gradients, needs, strict=True)]
+    return *done, *[None] * 7
+
+
+logprob_op.register_autograd(_backward, setup_context=_save)
+
+
+def logprob(
+    head: Head,
+    tokens: Tensor,
+    *,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    backend: str | None = None,
+    workspace_bytes: int | None = None,
+) -> LogProb:
+    """logp_n = z_n[tokens_n] - lse_n, entropy_n = -sum_v p_v log p_v, lse_n = log sum_v exp z_v; z = logits / temperature.
+
+    Ignored positions give 0 in all three and no gradient, even if their hidden states are NaN.
+
+    Args:
+        head: hidden (..., D).
+        tokens: (...), int64, each in 0..V-1 or `ignore_index`; checked on the CPU, on CUDA under COPD_DEBUG=1 only.
+        temperature: positive; divides the logits.
+        ignore_index: the token id that marks a position as ignored.
+        backend: "torch", "triton" or "reference"; the fastest available where omitted (see also COPD_BACKEND).
+        workspace_bytes: most memory for a chunk's logits; a default for the device where omitted.
+
+    Returns:
+        (logp, entropy, lse), (...) each, fp32 (fp64 for fp64 inputs), in nats; all differentiable in the head's hidden,
+        lm_head and bias.
+
+    Raises:
+        ValueError, TypeError: an argument breaks its rule. RuntimeError: the backend is not available here.
+    """
+    shape, device = head.hidden.shape[:-1], head.hidden.device
+    check_integers("logprob", "tokens", tokens, shape, device)
+    rule = f"be in 0..{head.V - 1} or {ignore_index}"
+    check_values("logprob", "tokens", tokens, lambda t: ((t >= 0) & (t < head.V)) | (t == ignore_index), rule)
+    check_temperature("logprob", temperature)
+    check_workspace("logprob", workspace_bytes)
+
+    name = resolve("logprob", backend, device)
+    if name == "reference":
+        return reference.logprob(head, tokens, temperature=temperature, ignore_index=ignore_index)
+    hidden, lm_head, bias, scales, softcaps, sizes = (x[0] for x in flatten([head]))
+    outputs = logprob_op(
+        hidden,
+        lm_head,
+        bias,
+        tokens.reshape(-1),
+        [scales, softcaps],
+        sizes,
+        float(temperature),
+        ignore_index,
+        name,
+        workspace_bytes or 0,
+    )
+    return LogProb(*(x.view(shape) for x in outputs))

@@ -1,0 +1,237 @@
+"""Several heads that teach each other on the same tokens, in one sweep.
+
+Every head is projected once, whichever edges it takes part in: K projections, and two back for each head that learns,
+3K GEMM passes for K heads, where a call of `kl` for each of E edges would spend 4E.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from copd_kernels import reference
+from copd_kernels.checks import (
+    check,
+    check_divergence,
+    check_same_vocabulary,
+    check_token_weight,
+    check_type,
+    check_workspace,
+)
+from copd_kernels.flatten import (
+    Flat,
+    fake_gradients,
+    flatten,
+    logits_dtype,
+    projections,
+    scale,
+    wanted,
+)
+from copd_kernels.head import Head
+from copd_kernels.results import MutualKL
+from copd_kernels.rows import load, resolve
+from copd_kernels.schedule import Gradients, Workspace
+
+
+@torch.library.custom_op("copd::mutual_kl", mutates_args=())
+def mutual_op(
+    hidden: list[Tensor],
+    lm_head: list[Tensor],
+    bias: list[Tensor],
+    edge_weight: Tensor,
+    token_weight: Tensor,
+    scales: list[float],
+    softcaps: list[float],
+    vocab_sizes: list[int],
+    edges: list[int],
+    divergence: str,
+    beta: float,
+    temperature: float,
+    backend: str,
+    workspace_bytes: int,
+    want: list[bool],
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """sum_e edge_weight_e sum_n u_n D_en, sum_n u_n D_en (E,), then three gradients and their unit for each head.
+
+    `edges` lists student, teacher, student, teacher, ...; `want` has three flags a head.
+    """
+    dtype = logits_dtype(hidden)
+    heads = projections(Flat(hidden, lm_head, bias, scales, softcaps, vocab_sizes), temperature, dtype)
+    pairs = list(zip(edges[::2], edges[1::2], strict=True))
+    weight = (edge_weight.unsqueeze(1) * token_weight).to(dtype)  # (E, N)
+    token_weight = token_weight.to(dtype)
+    N, rows = hidden[0].shape[0], load(backend)
+    gradients: dict[int, Gradients] = {}
+    lessons: dict[int, list[int]] = {}  # each student's edges
+    for e, (student, _) in enumerate(pairs):
+        lessons.setdefault(student, []).append(e)
+    for student, its_edges in lessons.items():
+        flags = want[3 * student : 3 * student + 3]
+        if any(flags):
+            scope = weight[its_edges]
+            gradients[student] = Gradients(heads[student], lm_head[student].shape[0], flags, scope)
+    # every head's logits are still needed after its own gradient: dlogits have their own memory
+    narrow = (hidden[0].dtype if hidden[0].is_cuda else dtype) if gradients else None
+    space = Workspace(N, len(heads), heads[0].V, weight, workspace_bytes, narrow)
+    edge_sum = weight.new_zeros(len(pairs))
+
+    for chunk in space.chunks:
+        u = token_weight[chunk]
+        z = space.logits(u.shape[0])
+        inputs = [head.read(chunk, u != 0) for head in heads]
+        for head, mine, out in zip(heads, inputs, z, strict=True):
+            head.project(mine, out)
+        for student, its_edges in lessons.items():
+            call = (z, student, [pairs[e][1] for e in its_edges], divergence, beta)
+            if student in gradients:
+                mine = gradients[student]
+                dlogits = space.dlogits(u.shape[0])
+                factor = weight[its_edges][:, chunk] * mine.factor
+                value = rows.kl(*call, factor, heads[student].cap, dlogits)
+                mine.add(dlogits, inputs[student], chunk)
+            else:
+                value = rows.kl(*call)
+            edge_sum[its_edges] += torch.where(u == 0, 0, u * value).sum(1)
+
+    made: list[Tensor] = []
+    for k in range(len(heads)):
+        if k in gradients:
+            made += [*gradients[k].tensors(), gradients[k].unit]
+        else:
+            made += nothing(hidden[k], lm_head[k], want[3 * k : 3 * k + 3], dtype)
+    return (edge_weight.to(dtype) * edge_sum).sum(), edge_sum, made
+
+
+def nothing(hidden: Tensor, lm_head: Tensor, want: list[bool], dtype: torch.dtype) -> list[Tensor]:
+    """Zero gradients: of a head that teaches only."""
+    zeros = [torch.zeros_like(x) for x in fake_gradients(hidden, lm_head, want, dtype)]
+    return [*zeros, hidden.new_ones((), dtype=dtype)]
+
+
+@mutual_op.register_fake
+def _(hidden, lm_head, bias, edge_weight, token_weight, *rest: Any):
+    dtype, want = logits_dtype(hidden), rest[-1]
+    empty = hidden[0].new_empty
+    made: list[Tensor] = []
+    for k in range(len(hidden)):
+        made += fake_gradients(hidden[k], lm_head[k], want[3 * k : 3 * k + 3], dtype)
+        made.append(empty((), dtype=dtype))
+    return empty((), dtype=dtype), empty(edge_weight.shape, dtype=dtype), made
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
+    _, edge_sum, made = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(edge_sum, *made)
+    ctx.dtypes = [x.dtype for x in inputs[0]]
+    ctx.save_for_backward(*made)
+
+
+def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple:
+    K = len(ctx.dtypes)
+    result: list[list[Tensor | None]] = [[None] * K for _ in range(3)]
+    if upstream is not None:
+        for k, dtype in enumerate(ctx.dtypes):
+            *gradients, unit = ctx.saved_tensors[4 * k : 4 * k + 4]
+            for kind, gradient in enumerate(gradients):
+                if ctx.needs_input_grad[kind][k]:
+                    result[kind][k] = scale(gradient, unit * upstream, dtype)
+    return *result, *[None] * 12
+
+
+mutual_op.register_autograd(_backward, setup_context=_save)
+
+
+def mutual_kl(
+    heads: list[Head],
+    *,
+    edges: list[tuple[int, int]] | None = None,
+    edge_weight: Tensor | None = None,
+    divergence: str = "reverse",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    token_weight: Tensor | None = None,
+    backend: str | None = None,
+    workspace_bytes: int | None = None,
+) -> MutualKL:
+    """loss = sum_e a_e edge_kl_e, edge_kl_e = sum_n u_n D(heads[s_e]_n, heads[t_e]_n) / sum_n u_n: mutual distillation.
+
+    D is the divergence of `kl`, which see. Each edge's gradient reaches its student s_e only.
+    Source: arXiv 2604.27083, algorithm 1, phase II at vocabulary level.
+
+    Args:
+        heads: K heads over one vocabulary that read the same tokens, hidden (..., D_k).
+        edges: E pairs (student, teacher) of indices into `heads`, no pair twice; all ordered pairs where omitted.
+        edge_weight: (E,), floating: a; ones where omitted.
+        divergence, beta, temperature, backend, workspace_bytes: as in `kl`.
+        token_weight: (...), floating or bool, >= 0: u; ones where omitted.
+
+    Returns:
+        loss: (), fp32 (fp64 if any head is), differentiable in every student's hidden, lm_head and bias.
+        edge_kl: (E,), detached, in nats.
+
+    Raises:
+        ValueError, TypeError: an argument breaks its rule. RuntimeError: the backend is not available here.
+    """
+    heads = list(heads)
+    K = len(heads)
+    check("mutual_kl", "heads", K >= 2, "have at least two entries", K)
+    check_divergence("mutual_kl", divergence, beta, temperature)
+    check_workspace("mutual_kl", workspace_bytes)
+    if edges is None:
+        edges = [(s, t) for s in range(K) for t in range(K) if s != t]
+    check("mutual_kl", "edges", len(edges) > 0, "not be empty", edges)
+    for edge in edges:
+        ok = len(edge) == 2 and all(0 <= i < K for i in edge) and edge[0] != edge[1]
+        check("mutual_kl", "edges", ok, f"be pairs of two different indices in 0..{K - 1}", edge)
+    check("mutual_kl", "edges", len(set(edges)) == len(edges), "name no pair twice", edges)
+    first = heads[0]
+    others = {f"heads[{k}]": head for k, head in enumerate(heads)}
+    check_same_vocabulary("mutual_kl", "heads[0]", first, others)
+    shape, device = first.hidden.shape[:-1], first.hidden.device
+    for name, head in others.items():
+        got = tuple(head.hidden.shape[:-1])
+        check("mutual_kl", f"{name}.hidden", got == shape, f"have shape (*{tuple(shape)}, D)", got)
+    dtype = logits_dtype([head.hidden for head in heads])
+    token_weight = check_token_weight("mutual_kl", token_weight, shape, device, dtype)
+    if edge_weight is None:
+        edge_weight = token_weight.new_ones(len(edges))
+    got = tuple(edge_weight.shape)
+    check("mutual_kl", "edge_weight", got == (len(edges),), f"have shape (E={len(edges)},)", got)
+    check_type("mutual_kl", "edge_weight", edge_weight.is_floating_point(), "be floating", edge_weight.dtype)
+    rule = f"be on {device}"
+    check("mutual_kl", "edge_weight", edge_weight.device == device, rule, edge_weight.device)
+    edge_weight = edge_weight.detach().to(dtype)
+
+    name = resolve("mutual_kl", backend, device)
+    if name == "reference":
+        return reference.mutual_kl(
+            heads,
+            edges=edges,
+            edge_weight=edge_weight,
+            divergence=divergence,
+            beta=beta,
+            temperature=temperature,
+            token_weight=token_weight,
+        )
+    flat = flatten(heads)
+    students = {s for s, _ in edges}
+    want = [flag and k in students for k, head in enumerate(heads) for flag in wanted(head)]
+    total, edge_sum, _ = mutual_op(
+        *flat[:3],
+        edge_weight,
+        token_weight.reshape(-1),
+        *flat[3:],
+        [i for edge in edges for i in edge],
+        divergence,
+        float(beta),
+        float(temperature),
+        name,
+        workspace_bytes or 0,
+        want,
+    )
+    mass = token_weight.sum()
+    mass = torch.where(mass > 0, mass, 1)
+    return MutualKL(total / mass, edge_sum / mass)

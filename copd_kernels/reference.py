@@ -1,0 +1,159 @@
+"""What every op means: plain PyTorch on full logits, safe in float64.
+
+This file is the definition of correct. On float64 inputs it is the oracle of every test; on inputs of a model's own
+dtype it is what an eager trainer would compute, and the yardstick of what error is acceptable. It holds (N, V) arrays,
+which is what the rest of this package exists to avoid. `backend="reference"` runs it.
+
+Arguments are those of the public ops, already checked.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from copd_kernels.head import Head
+from copd_kernels.results import Agreement, LogProb, MutualKL
+
+
+def log_softmax(head: Head, temperature: float = 1.0) -> Tensor:
+    """(..., V) log-probabilities, fp32 or fp64, from logits in the head's own dtype."""
+    return torch.log_softmax(logits(head) / temperature, -1)
+
+
+def logits(head: Head) -> Tensor:
+    """(..., V): the GEMM in the head's dtype, all that follows in fp32 or fp64."""
+    bias = None if head.bias is None else head.bias[: head.V]
+    z = torch.nn.functional.linear(head.hidden, head.lm_head[: head.V], bias)
+    z = head.scale * z.to(accumulator(head.hidden.dtype))
+    return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
+
+
+def accumulator(*dtypes: torch.dtype) -> torch.dtype:
+    """fp64 if any input is fp64, else fp32: the dtype of all that is summed and of every per-token result."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def logprob(head: Head, tokens: Tensor, *, temperature: float = 1.0, ignore_index: int = -100) -> LogProb:
+    """logp_n = z_n[tokens_n] - lse_n, entropy_n = -sum_v p_v log p_v, lse_n = log sum_v exp(z_v), z = logits / T."""
+    keep = tokens != ignore_index
+    z = logits(rows(head, keep)) / temperature
+    lse = torch.logsumexp(z, -1)
+    logp = z.gather(-1, tokens[keep].unsqueeze(-1)).squeeze(-1) - lse
+    log_p = z - lse.unsqueeze(-1)
+    entropy = -(log_p.exp() * zero_where(log_p == -torch.inf, log_p)).sum(-1)
+    return LogProb(*(scatter(x, keep) for x in (logp, entropy, lse)))
+
+
+def diverge(log_p: Tensor, log_q: Tensor, divergence: str, beta: float) -> Tensor:
+    """(...): how far student p is from teacher q, from (..., V) log-probs. 0 log 0 is 0."""
+    p, q = log_p.exp(), log_q.exp()
+    reverse = (p * zero_where(p == 0, log_p - log_q)).sum(-1)
+    forward = (q * zero_where(q == 0, log_q - log_p)).sum(-1)
+    if divergence == "reverse":
+        return reverse
+    if divergence == "forward":
+        return forward
+    if divergence == "symmetric":
+        return reverse + forward
+    log_m = torch.log(beta * q + (1 - beta) * p)
+    teacher = (q * zero_where(q == 0, log_q - log_m)).sum(-1)
+    student = (p * zero_where(p == 0, log_p - log_m)).sum(-1)
+    return beta * teacher + (1 - beta) * student
+
+
+def kl(
+    student: Head,
+    teachers: list[Head],
+    *,
+    divergence: str,
+    beta: float,
+    temperature: float,
+    teacher_weight: Tensor | None,
+    teacher_index: Tensor | None,
+    token_weight: Tensor,
+    reduction: str,
+) -> Tensor:
+    """sum_n w_n sum_j w_jn D(student_n, teacher_jn), over sum_n w_n for the mean; w·d per token for "none"."""
+    d = token_weight.new_zeros(token_weight.shape)
+    for j, teacher in enumerate(teachers):
+        if teacher_index is None:
+            owned, weight = torch.ones_like(token_weight, dtype=torch.bool), teacher_weight[j]
+            theirs = token_weight != 0
+        else:
+            owned, weight = teacher_index == j, token_weight.new_ones(())
+            theirs = (token_weight != 0)[owned]
+        keep = owned & (token_weight != 0)
+        log_p = log_softmax(rows(student, keep), temperature)
+        log_q = log_softmax(rows(teacher.detach(), theirs), temperature)
+        term = diverge(log_p, log_q, divergence, beta)
+        d = d + scatter(weight.expand_as(token_weight)[keep] * term, keep)
+    d = zero_where(token_weight == 0, token_weight * d)
+    if reduction == "none":
+        return d
+    if reduction == "sum":
+        return d.sum()
+    total = token_weight.sum()
+    return d.sum() / torch.where(total > 0, total, 1)
+
+
+def mutual_kl(
+    heads: list[Head],
+    *,
+    edges: list[tuple[int, int]],
+    edge_weight: Tensor,
+    divergence: str,
+    beta: float,
+    temperature: float,
+    token_weight: Tensor,
+) -> MutualKL:
+    """loss = sum_e edge_weight_e * mean_n D(heads[student_e], heads[teacher_e])."""
+    one = edge_weight.new_ones(1, *token_weight.shape)
+    edge_kl = torch.stack(
+        [
+            kl(
+                heads[s],
+                [heads[t]],
+                divergence=divergence,
+                beta=beta,
+                temperature=temperature,
+                teacher_weight=one,
+                teacher_index=None,
+                token_weight=token_weight,
+                reduction="mean",
+            )
+            for s, t in edges
+        ]
+    )
+    return MutualKL((edge_weight * edge_kl).sum(), edge_kl.detach())
+
+
+@torch.no_grad()
+def agreement(student: Head, teachers: list[Head], *, k: int, temperature: float) -> Agreement:
+    """overlap = |top-k(student) ∩ top-k(teacher)| / k, ties to the lower id; both KLs."""
+    log_p = log_softmax(student, temperature)
+    results = []
+    for teacher in teachers:
+        log_q = log_softmax(teacher, temperature)
+        common = (top_k(log_p, k) & top_k(log_q, k)).sum(-1).to(log_p.dtype) / k
+        results.append((common, diverge(log_p, log_q, "forward", 0.5), diverge(log_p, log_q, "reverse", 0.5)))
+    return Agreement(*(torch.stack(x) for x in zip(*results, strict=True)))
+
+
+def top_k(scores: Tensor, k: int) -> Tensor:
+    """(..., V) bool: the k largest, the lower id first among equals."""
+    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :k]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, True)
+
+
+def rows(head: Head, keep: Tensor) -> Head:
+    """The head at the kept tokens only: a token left out cannot contribute, not even a NaN."""
+    return Head(head.hidden[keep], head.lm_head, head.bias, head.scale, head.softcap, head.vocab_size)
+
+
+def scatter(values: Tensor, keep: Tensor) -> Tensor:
+    return values.new_zeros(keep.shape).masked_scatter(keep, values)
+
+
+def zero_where(mask: Tensor, x: Tensor) -> Tensor:
+    return torch.where(mask, torch.zeros((), dtype=x.dtype, device=x.device), x)

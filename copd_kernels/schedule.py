@@ -1,0 +1,195 @@
+"""The chunk loop every op shares: project a chunk of tokens, reduce its rows, project back.
+
+    logits  = hidden[chunk] @ lm_head.T         (R, V) fp32, one GEMM pass a head
+    results = rows(logits)                      (R,) each; the only backend-specific step, see `rows/`
+    dhidden[chunk] = dlogits @ lm_head          (R, D), one GEMM pass
+    dlm_head      += dlogits.T @ hidden[chunk]  (V, D), one GEMM pass
+
+What exists at any time is one chunk: its height R follows from `workspace_bytes`, never from N. The vocabulary is not
+split, because a row's normaliser must be known before its gradient, and a second sweep would cost a GEMM pass a head.
+
+Logits, dhidden, dlm_head and all sums are kept in fp32 (fp64 if any input is fp64). The operands of the GEMMs stay in
+the model's dtype on CUDA, where cuBLAS multiplies 16-bit operands into fp32; elsewhere they are widened a few
+vocabulary rows at a time, and dlogits, already fp32, overwrite the student's logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MIB = 1 << 20
+WORKSPACE_BYTES = {"cpu": 128 * MIB, "cuda": 3072 * MIB}
+# widened rows of lm_head: enough to keep the GEMM efficient, little beside the workspace
+TILE_BYTES = 8 * MIB
+# 16-bit dlogits are made from weights of at most one, times this: fp16 then resolves 2**-32 and saturates at 255
+HEADROOM = {torch.float16: 256.0}
+
+Rows = slice | Tensor
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A head as the schedule reads it: logits z = cap * tanh(alpha * (hidden @ lm_head.T + bias) / cap).
+
+    Temperature T is folded in: alpha = scale / T and cap = softcap / T give the logits over T.
+    """
+
+    hidden: Tensor  # (N, D)
+    lm_head: Tensor  # (V, D), padding rows cut off
+    bias: Tensor | None  # (V,)
+    alpha: float
+    cap: float | None
+    operand: torch.dtype  # of the GEMMs
+
+    @property
+    def V(self) -> int:
+        return self.lm_head.shape[0]
+
+    def read(self, rows: Rows, keep: Tensor | None) -> Tensor:
+        """(R, D): the chunk's hidden states, masked ones set to zero so that a NaN there reaches nothing."""
+        hidden = self.hidden[rows].to(self.operand)
+        return hidden if keep is None else torch.where(keep.unsqueeze(1), hidden, 0)
+
+    def project(self, hidden: Tensor, out: Tensor) -> None:
+        """out (R, V) = z."""
+        for v, weight in self.tiles():
+            addmm(out[:, v], hidden, weight.T, alpha=self.alpha)
+        if self.bias is not None:
+            out.add_(self.bias, alpha=self.alpha)
+        if self.cap is not None:
+            out.div_(self.cap).tanh_().mul_(self.cap)
+
+    def tiles(self) -> Iterator[tuple[slice, Tensor]]:
+        """lm_head in the operands' dtype: as it is, or widened a few rows at a time."""
+        if self.lm_head.dtype == self.operand:
+            yield slice(0, self.V), self.lm_head
+            return
+        step = max(1, TILE_BYTES // (self.lm_head.shape[1] * self.operand.itemsize))
+        for start in range(0, self.V, step):
+            v = slice(start, min(start + step, self.V))
+            yield v, self.lm_head[v].to(self.operand)
+
+
+def operand_dtype(hidden: Tensor, logits_dtype: torch.dtype) -> torch.dtype:
+    """cuBLAS multiplies 16-bit operands into fp32; CPU GEMMs round to the operands' dtype, so there they are widened."""
+    narrow = hidden.dtype in (torch.float16, torch.bfloat16) and logits_dtype == torch.float32
+    return hidden.dtype if narrow and hidden.device.type == "cuda" else logits_dtype
+
+
+def addmm(out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, accumulate: bool = False) -> None:
+    """out = alpha * a @ b, or += ; summed and kept in `out`'s dtype, which may be wider than the operands'."""
+    beta = int(accumulate)
+    if a.dtype == out.dtype:
+        torch.addmm(out, a, b, beta=beta, alpha=alpha, out=out)
+    else:
+        torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, alpha=alpha, out=out)
+
+
+class Gradients:
+    """fp32 (or fp64) sums of one head's dhidden, dlm_head and dbias, each divided by `unit`.
+
+    `unit` carries what is common to every token (the power of two that brings the largest weight to one, alpha,
+    `HEADROOM`), so dlogits keep their precision in 16 bits however small the weights are. Those not wanted stay empty.
+    """
+
+    def __init__(
+        self,
+        head: Projection,
+        padded: int,
+        want: list[bool],
+        weight: Tensor,
+    ) -> None:
+        N, D = head.hidden.shape
+        kind = {"dtype": weight.dtype, "device": weight.device}
+        self.head, self.want = head, want
+        self.dhidden = torch.zeros((N, D) if want[0] else 0, **kind)
+        self.dlm_head = torch.empty((padded, D) if want[1] else 0, **kind)
+        self.dbias = torch.zeros(padded if want[2] else 0, **kind)
+        self.started = False
+        if want[1]:
+            self.dlm_head[head.V :].zero_()
+        narrow = head.operand if head.operand != weight.dtype else None
+        self.dlogits_dtype = narrow
+        headroom = HEADROOM.get(narrow, 1.0)
+        power = power_of_two(weight)
+        self.factor = headroom / power  # of the weights
+        self.unit = power * (head.alpha / headroom)
+
+    def add(self, dlogits: Tensor, hidden: Tensor, rows: Rows) -> None:
+        """Projects a chunk's (R, V) dlogits back."""
+        head = self.head
+        if self.want[0]:
+            direct = isinstance(rows, slice)
+            dhidden = self.dhidden[rows] if direct else self.dhidden.new_empty(hidden.shape)
+            for v, weight in head.tiles():
+                addmm(dhidden, dlogits[:, v], weight, accumulate=v.start > 0)
+            if not direct:
+                self.dhidden.index_copy_(0, rows, dhidden)
+        if self.want[1]:
+            addmm(self.dlm_head[: head.V], dlogits.T, hidden, accumulate=self.started)
+        if self.want[2]:
+            self.dbias[: head.V] += dlogits.sum(0, dtype=self.dbias.dtype)
+        self.started = True
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        if self.want[1] and not self.started:
+            self.dlm_head.zero_()
+        return self.dhidden, self.dlm_head, self.dbias
+
+
+def power_of_two(weight: Tensor) -> Tensor:
+    """(): the power of two just above the largest |weight|, without reading it on the host; 1 if there is none."""
+    if weight.numel() == 0:
+        return weight.new_ones(())
+    largest = weight.abs().amax()
+    largest = torch.where(torch.isfinite(largest) & (largest > 0), largest, 1)
+    # 2**±100: its inverse and what it scales stay finite in fp32
+    exponent = torch.frexp(largest).exponent.clamp(-100, 100)
+    return torch.ldexp(torch.ones_like(largest), exponent)
+
+
+class Workspace:
+    """The one large buffer: a chunk's logits of H heads, and its dlogits where they cannot overwrite the student's."""
+
+    def __init__(
+        self,
+        N: int,
+        heads: int,
+        V: int,
+        like: Tensor,
+        workspace_bytes: int,
+        dlogits_dtype: torch.dtype | None = None,
+    ) -> None:
+        dtype, device = like.dtype, like.device
+        separate = dlogits_dtype.itemsize if dlogits_dtype else 0
+        row_bytes = V * (heads * dtype.itemsize + separate)
+        budget = workspace_bytes or WORKSPACE_BYTES.get(device.type, WORKSPACE_BYTES["cpu"])
+        self.heads, self.V = heads, V
+        self.chunks = chunks(N, budget // row_bytes)
+        R = max((c.stop - c.start for c in self.chunks), default=0)
+        self.z = torch.empty(heads * R * V, dtype=dtype, device=device)
+        self.narrow = torch.empty(R * V, dtype=dlogits_dtype, device=device) if dlogits_dtype else None
+
+    def logits(self, R: int) -> Tensor:
+        """(H, R, V)"""
+        return self.z[: self.heads * R * self.V].view(self.heads, R, self.V)
+
+    def dlogits(self, R: int) -> Tensor:
+        """(R, V): its own memory, or the first head's logits."""
+        own = self.z if self.narrow is None else self.narrow
+        return own[: R * self.V].view(R, self.V)
+
+
+def chunks(N: int, most: int) -> list[slice]:
+    """Equal slices of at most `most` of N tokens; a multiple of 128 tokens where that is possible."""
+    if N == 0:
+        return []
+    most = max(1, min(N, most))
+    step = -(-N // -(-N // most))
+    if most >= 128:
+        step = min(-(-step // 128) * 128, most - most % 128)
+    return [slice(i, min(i + step, N)) for i in range(0, N, step)]
