@@ -119,16 +119,29 @@ class Sequences:
     position_ids: Tensor
     """(3, B, L) int64: time, height, width of multimodal RoPE"""
 
-    def rows(self, start: int, stop: int) -> Sequences:
-        """Prompts `start` to `stop` with all their completions."""
-        take = slice(start * self.samples, stop * self.samples)
+    def take(self, rows: slice) -> Sequences:
+        """Rows of whole prompts, or some of the rows of a single prompt."""
+        prompts = self.prompts[rows.start // self.samples : -(-rows.stop // self.samples)]
         return Sequences(
-            self.prompts[start:stop],
-            self.samples,
-            self.input_ids[take],
-            self.attention_mask[take],
-            self.position_ids[:, take],
+            prompts,
+            (rows.stop - rows.start) // len(prompts),
+            self.input_ids[rows],
+            self.attention_mask[rows],
+            self.position_ids[:, rows],
         )
+
+    def micro_batches(self, tokens: int) -> list[slice]:
+        """Row ranges of at most `tokens` tokens (but one row at least), fit for `take`."""
+        count, length = self.input_ids.shape
+        rows = max(1, tokens // length)
+        if rows >= self.samples:  # whole prompts
+            rows -= rows % self.samples
+            return [slice(i, min(i + rows, count)) for i in range(0, count, rows)]
+        return [
+            slice(i, min(i + rows, first + self.samples))
+            for first in range(0, count, self.samples)
+            for i in range(first, first + self.samples, rows)
+        ]
 
 
 def collate(model: PreTrainedModel, prompts: list[Prompt], pad: int, device: torch.device) -> Sequences:

@@ -1,0 +1,330 @@
+"""A branch: one policy with its own data and optimiser.
+
+Everything the loop asks of a model is one of four verbs here: `rollout` samples, `score` judges another branch's
+rollout, `update` makes the optimiser step, `state` saves. Placing a branch elsewhere means moving these four.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from copd.config import Config
+from copd.distill import TeacherScore, delta, divergence_loss
+from copd.model import hidden_states
+from copd.rlvr import advantages, policy_loss, token_weights
+from copd.rollout import Rollout, generate, seed_of, special_tokens
+from copd.tasks import Prompt, Task
+from copd_kernels import Head, agreement, logprob
+
+
+class NonFiniteLoss(RuntimeError):
+    """A loss or gradient that is NaN or infinite; `batch` is what it came from."""
+
+    def __init__(self, message: str, batch: Batch) -> None:
+        super().__init__(message)
+        self.batch = batch
+
+
+@dataclass
+class Batch:
+    """One rollout and what is to be learnt from it: rewards (native) or a teacher's score (cross)."""
+
+    domain: str
+    rollout: Rollout
+    weight: Tensor
+    """(B, C) fp32, weight of each token in the loss"""
+    advantage: Tensor | None = None
+    """(B,) fp32, of a native batch"""
+    teacher: TeacherScore | None = None
+    """of a cross batch"""
+    stats: dict[str, float] = field(default_factory=dict)
+    logp_old: dict[int, Tensor] = field(default_factory=dict)
+    """log-probs (N,) before the first update, by micro-batch"""
+
+    def __str__(self) -> str:
+        kind = "native" if self.teacher is None else f"cross batch scored by {self.teacher.name!r}"
+        rows = [prompt.index for prompt in self.rollout.sequences.prompts]
+        return f"{kind} on {self.domain!r}, rows {rows}"
+
+
+@lru_cache(maxsize=64)
+def _order(seed: int, rows: int) -> Tensor:
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
+
+
+def draw(task: Task, count: int, step: int, *key: object) -> list[Prompt]:
+    """The prompts of `step`: `count` rows a step through a fresh permutation of the task each epoch."""
+    rows = task.size("train")
+    prompts = []
+    for place in range(step * count, (step + 1) * count):
+        epoch, position = divmod(place, rows)
+        prompts.append(task.prompt(int(_order(seed_of("order", *key, epoch), rows)[position])))
+    return prompts
+
+
+class Branch:
+    """One policy. `tasks` are the domains it owns: one, or all of them for mixed RLVR, taken in turn."""
+
+    def __init__(
+        self, name: str, tasks: list[Task], model: PreTrainedModel, processor: Any, cfg: Config, device: torch.device
+    ) -> None:
+        self.name, self.tasks, self.model, self.cfg, self.device = name, tasks, model, cfg, device
+        self.special = special_tokens(model, processor)
+        self.frozen: nn.Module | None = None  # weights of the phase's start, for `opd.teacher: phase_start`
+        if cfg.model.freeze_vision and hasattr(model.model, "visual"):
+            model.model.visual.requires_grad_(False)
+        if cfg.model.activation_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        # fp32 weights of the optimiser; the model computes with their rounding when it is bf16
+        self.master = [p if cfg.model.dtype == "float32" else p.detach().clone() for p in self.parameters]
+        model.to(getattr(torch, cfg.model.dtype))
+        self.optimizer = torch.optim.AdamW(
+            self.master,
+            lr=cfg.optim.lr,
+            betas=tuple(cfg.optim.betas),
+            eps=cfg.optim.eps,
+            weight_decay=cfg.optim.weight_decay,
+        )
+        if cfg.offload:
+            self._move("cpu")
+
+    def task_of(self, step: int) -> Task:
+        return self.tasks[step % len(self.tasks)]
+
+    # --- sampling -------------------------------------------------------------------------------
+
+    def rollout(self, prompts: list[Prompt], seed: int, samples: int | None = None, greedy: bool = False) -> Rollout:
+        """Completions of this policy, `cfg.rollout.samples` a prompt unless said otherwise."""
+        samples = samples or self.cfg.rollout.samples
+        with self.on_device():
+            return generate(self.model, prompts, samples, self.cfg.rollout, self.special, seed, greedy)
+
+    def rewards(self, task: Task, rollout: Rollout) -> Tensor:
+        """(P, G) fp32."""
+        sequences = rollout.sequences
+        prompts = [prompt for prompt in sequences.prompts for _ in range(sequences.samples)]
+        texts = [
+            task.decode(tokens[mask].tolist())
+            for tokens, mask in zip(rollout.tokens, rollout.mask, strict=True)
+        ]
+        values = task.reward(prompts, texts)
+        if len(values) != len(texts):
+            raise ValueError(f"reward: {task.name!r} must return one value a completion ({len(texts)}); got {len(values)}")
+        return torch.tensor(values, dtype=torch.float32).view(-1, sequences.samples)
+
+    def native_batch(self, step: int) -> Batch:
+        """Rollouts on this branch's own prompts, with group advantages from its reward."""
+        task, cfg = self.task_of(step), self.cfg
+        key = (cfg.seed, "native", task.name)
+        prompts = draw(task, cfg.rollout.prompts, step // len(self.tasks), *key)
+        rollout = self.rollout(prompts, seed_of("sample", *key, step))
+        reward = self.rewards(task, rollout)
+        deviation = reward.std(1, correction=0)
+        stats = {
+            "reward": reward.mean().item(),
+            "reward_std": deviation.mean().item(),
+            "frac_reward_zero_std": (deviation == 0).float().mean().item(),
+        }
+        advantage = advantages(reward, cfg.rlvr).flatten().to(rollout.mask.device)
+        return Batch(task.name, rollout, self._weights(rollout), advantage=advantage, stats=stats)
+
+    def cross_rollout(self, teacher: Branch, step: int, prompts: int) -> Rollout:
+        """This policy's rollouts on the teacher's prompts."""
+        task = teacher.task_of(step)
+        key = (self.cfg.seed, "cross", self.task_of(step).name, task.name)
+        return self.rollout(draw(task, prompts, step, *key), seed_of("sample", *key, step))
+
+    def cross_batch(self, teacher: Branch, rollout: Rollout, score: TeacherScore, step: int) -> Batch:
+        return Batch(teacher.task_of(step).name, rollout, self._weights(rollout), teacher=score)
+
+    def _weights(self, rollout: Rollout) -> Tensor:
+        keep = rollout.mask & ~rollout.truncated[:, None] if self.cfg.rollout.mask_truncated else rollout.mask
+        return token_weights(keep, self.cfg.rlvr)
+
+    # --- scoring --------------------------------------------------------------------------------
+
+    def head(self, rollout: Rollout, rows: slice, model: nn.Module | None = None) -> tuple[Head, Tensor]:
+        """The head over the N completion tokens of `rows`, and those tokens (N,)."""
+        model = model or self.model
+        hidden = hidden_states(model, rollout.sequences.take(rows))
+        mask = rollout.mask[rows]
+        # position i predicts token i + 1
+        hidden = hidden[:, -mask.shape[1] - 1 : -1][mask]  # (N, D)
+        return Head.of(model, hidden), rollout.tokens[rows][mask]
+
+    @torch.no_grad()
+    def score(self, rollout: Rollout) -> TeacherScore:
+        """This branch as teacher of another's rollout: hidden states and log-probs of this very moment."""
+        cfg, model = self.cfg, self.frozen or self.model
+        keep = self.device if not cfg.offload else torch.device("cpu")
+        score, lm_head = TeacherScore(self.name, [], []), None
+        with self.on_device():
+            for rows in rollout.sequences.micro_batches(cfg.micro_batch_tokens):
+                head, tokens = self.head(rollout, rows, model)
+                score.logp.append(logprob(head, tokens, temperature=cfg.rollout.temperature).logp)
+                lm_head = head.lm_head.clone().to(keep) if lm_head is None else lm_head
+                score.heads.append(replace(head, hidden=head.hidden.to(keep), lm_head=lm_head))
+        return score
+
+    # --- learning -------------------------------------------------------------------------------
+
+    def update(self, batches: list[Batch]) -> dict[str, float]:
+        """`cfg.rlvr.updates_per_batch` optimiser steps on the sum of the batches' losses."""
+        start, totals = time.perf_counter(), {}
+        with self.on_device():
+            for _ in range(self.cfg.rlvr.updates_per_batch):
+                for batch in batches:
+                    for name, value in self._backward(batch).items():
+                        totals[name] = totals.get(name, 0.0) + value
+                grad_norm = nn.utils.clip_grad_norm_(self.master, self.cfg.optim.max_grad_norm)
+                if not torch.isfinite(grad_norm):
+                    raise NonFiniteLoss(f"update: gradient of branch {self.name!r} must be finite; got {grad_norm}", batches[-1])
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+                self._publish()
+        updates = self.cfg.rlvr.updates_per_batch
+        metrics = {name: value / updates for name, value in totals.items()}
+        return metrics | {"grad_norm": grad_norm.item(), "update_time": time.perf_counter() - start}
+
+    def _backward(self, batch: Batch) -> dict[str, float]:
+        """Adds the gradient of one batch to the master weights; returns what was optimised, part by part."""
+        cfg, rollout = self.cfg, batch.rollout
+        kind = "rlvr" if batch.teacher is None else "opd"
+        beta = 1.0 if batch.teacher is None else cfg.opd.branch_beta.get(self.name, cfg.opd.beta)
+        totals: dict[str, float] = {}
+        for micro, rows in enumerate(rollout.sequences.micro_batches(cfg.micro_batch_tokens)):
+            mask = rollout.mask[rows]
+            head, tokens = self.head(rollout, rows)
+            weight = batch.weight[rows][mask]
+            parts: dict[str, Tensor] = {}
+            if batch.teacher is not None and cfg.opd.signal != "sampled":
+                teacher = batch.teacher.head(micro, self.device)
+                loss = divergence_loss(head, teacher, weight, cfg.rollout.temperature, cfg.opd)
+                parts[f"kl/{batch.teacher.name}"] = loss.detach()
+            else:
+                seen = logprob(head, tokens, temperature=cfg.rollout.temperature)
+                old = batch.logp_old.setdefault(micro, seen.logp.detach())
+                if batch.teacher is None:
+                    advantage = batch.advantage[rows][:, None].expand(mask.shape)[mask]
+                    sampled = rollout.logp[rows][mask]
+                    parts["entropy"] = (weight * seen.entropy.detach()).sum()
+                    parts["sampling_logp_difference"] = (weight * (old - sampled).abs()).sum()
+                else:
+                    advantage = delta(batch.teacher.logp[micro].to(self.device), old, cfg.opd)
+                    # the sampled estimate of KL(student || teacher)
+                    parts[f"kl/{batch.teacher.name}"] = -(weight * advantage).sum()
+                clip = batch.teacher is None or cfg.opd.clip_ratio
+                loss, clipped = policy_loss(seen.logp, old, advantage, weight, cfg.rlvr, clip)
+                parts |= clipped if batch.teacher is None else {}
+            parts[f"loss/{kind}"] = beta * loss.detach()
+            if not torch.isfinite(loss.detach()):
+                raise NonFiniteLoss(f"update: loss of branch {self.name!r} must be finite; got {loss.item()} from {batch}", batch)
+            (beta * loss).backward()
+            self._collect()
+            for name, value in parts.items():
+                totals[name] = totals.get(name, 0.0) + value.item()
+        return totals | {"loss": totals[f"loss/{kind}"]}
+
+    def _collect(self) -> None:
+        """Adds bf16 gradients to the fp32 ones of the master weights."""
+        for parameter, master in zip(self.parameters, self.master, strict=True):
+            if parameter is not master and parameter.grad is not None:
+                gradient = parameter.grad.float()
+                master.grad = gradient if master.grad is None else master.grad + gradient
+                parameter.grad = None
+
+    def _publish(self) -> None:
+        """Rounds the master weights into the model."""
+        for parameter, master in zip(self.parameters, self.master, strict=True):
+            if parameter is not master:
+                parameter.data.copy_(master)
+
+    @torch.no_grad()
+    def agreement(self, batch: Batch) -> dict[str, float]:
+        """Top-k overlap with, and δ of, a cross batch's teacher before the update, on the first tokens of the batch."""
+        cfg, left = self.cfg, self.cfg.opd.overlap_tokens
+        overlap, count = 0.0, 0
+        deltas = []
+        with self.on_device():
+            for micro, rows in enumerate(batch.rollout.sequences.micro_batches(cfg.micro_batch_tokens)):
+                if left <= 0:
+                    break
+                head, tokens = self.head(batch.rollout, rows)
+                n = min(left, len(tokens))
+                teacher = batch.teacher.head(micro, self.device)
+                student = replace(head, hidden=head.hidden[:n])
+                seen = agreement(
+                    student, [replace(teacher, hidden=teacher.hidden[:n])], k=cfg.eval.top_k, temperature=cfg.rollout.temperature
+                )
+                logp = logprob(student, tokens[:n], temperature=cfg.rollout.temperature).logp
+                deltas.append(batch.teacher.logp[micro][:n].to(logp.device) - logp)
+                overlap, count, left = overlap + seen.overlap.sum().item(), count + n, left - n
+        name = batch.teacher.name
+        if not count:
+            return {}
+        deltas = torch.cat(deltas)
+        return {
+            f"overlap/{name}": overlap / count,
+            f"delta_min/{name}": deltas.min().item(),
+            f"delta_max/{name}": deltas.max().item(),
+        }
+
+    # --- state and placement ----------------------------------------------------------------------
+
+    def freeze(self) -> None:
+        """Keeps a copy of the weights as they are now, to teach with until `thaw`."""
+        self.frozen = copy.deepcopy(self.model).requires_grad_(False)
+
+    def thaw(self) -> None:
+        self.frozen = None
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "model": self.model.state_dict(),
+            "master": self.master if self.master[0] is not self.parameters[0] else None,
+            "optimizer": self.optimizer.state_dict(),
+            "frozen": None if self.frozen is None else self.frozen.state_dict(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        if state["master"] is not None:
+            for master, saved in zip(self.master, state["master"], strict=True):
+                master.data.copy_(saved)
+        self.optimizer.load_state_dict(state["optimizer"])
+        if state["frozen"] is not None:
+            self.freeze()
+            self.frozen.load_state_dict(state["frozen"])
+
+    @contextmanager
+    def on_device(self):
+        """With `cfg.offload`, the branch visits its device for the length of the block."""
+        here = self.model.get_input_embeddings().weight.device
+        if not self.cfg.offload or here == self.device:
+            yield
+            return
+        self._move(self.device)
+        try:
+            yield
+        finally:
+            self._move("cpu")
+
+    def _move(self, device: torch.device | str) -> None:
+        self.model.to(device)
+        if self.frozen is not None:
+            self.frozen.to(device)
+        for master in self.master:
+            master.data = master.data.to(device)
+            for name, value in self.optimizer.state.get(master, {}).items():
+                if name != "step":
+                    self.optimizer.state[master][name] = value.to(device)

@@ -1,0 +1,171 @@
+"""Verifiable rewards with TRL's signature: `reward(prompts, completions, **columns) -> list[float | None]`.
+
+A completion is a string, or, where the row's prompt is a list of chat messages, a list of one assistant message. Every
+column of the rows arrives as a list of the same length. None means that the reward does not apply to that row.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import re
+import threading
+from collections.abc import Callable
+from typing import Any
+
+Reward = Callable[..., "list[float | None]"]
+Completion = str | list[dict[str, Any]]
+
+
+def exact_match(completions: list[Completion], answer: list[Any], **columns: Any) -> list[float | None]:
+    """1 where the final answer is `answer` but for case, spaces and a closing full stop, else 0.
+
+    The final answer is the last `\\boxed{}`, else the last `<answer></answer>`, else what follows the last `answer is`,
+    `answer:` or `answer` on its line, else the whole completion. None where the row has no `answer`.
+    """
+    return [
+        None if want is None else float(_normal(final_answer(_content(got))) == _normal(str(want)))
+        for got, want in zip(completions, answer, strict=True)
+    ]
+
+
+def multiple_choice(completions: list[Completion], answer: list[Any], **columns: Any) -> list[float | None]:
+    """1 where the final answer chooses the letter of `answer` (`B`, `(b)`, `B. text`), else 0.
+
+    Without a marked final answer the last capital letter that stands alone counts. None where `answer` has no letter.
+    """
+    rewards: list[float | None] = []
+    for completion, want in zip(completions, answer, strict=True):
+        letter = _letter(str(want))
+        text = _content(completion)
+        marked = final_answer(text)
+        alone = re.findall(r"(?<![\w'])[A-Z](?![\w'])", marked)
+        chosen = _letter(marked) or (alone[-1] if alone else None)
+        rewards.append(None if letter is None else float(chosen == letter))
+    return rewards
+
+
+def math_verify(completions: list[Completion], answer: list[Any], **columns: Any) -> list[float | None]:
+    """1 where the completion's mathematical answer equals `answer` (as `math-verify` judges), else 0.
+
+    None where the row has no `answer`, or one that `math-verify` cannot parse. Parsing is cut off after a few seconds
+    in the main thread; elsewhere there is no such limit, because it needs a signal.
+    """
+    try:
+        from math_verify import parse, verify
+    except ImportError as error:
+        raise RuntimeError("math_verify: needs the package math-verify; run: pip install math-verify") from error
+    main = threading.current_thread() is threading.main_thread()
+    limits = ({"parsing_timeout": 5}, {"timeout_seconds": 5}) if main else ({"parsing_timeout": None}, {"timeout_seconds": None})
+    rewards: list[float | None] = []
+    for completion, want in zip(completions, answer, strict=True):
+        # a bare answer is LaTeX only between dollars
+        gold = [] if want is None else parse(f"${want}$", **limits[0]) or parse(str(want), **limits[0])
+        got = parse(_content(completion), **limits[0]) if gold else []
+        rewards.append(float(verify(gold, got, **limits[1])) if gold else None)
+    return rewards
+
+
+def think_format(completions: list[Completion], **columns: Any) -> list[float | None]:
+    """1 where the completion is one `<think>…</think>` and then an answer, else 0.
+
+    The opening tag may be missing: chat templates of reasoning models write it at the end of the prompt.
+    """
+    pattern = re.compile(r"\s*(<think>)?((?!</?think>).)*</think>(?=.*\S)((?!</?think>).)*", re.DOTALL)
+    return [float(pattern.fullmatch(_content(completion)) is not None) for completion in completions]
+
+
+BUILT_IN: dict[str, Reward] = {
+    "exact_match": exact_match,
+    "multiple_choice": multiple_choice,
+    "math_verify": math_verify,
+    "format": think_format,
+}
+
+
+def load(name: str) -> Reward:
+    """The reward called `name`: a key of `BUILT_IN`, or `module:function`."""
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    module, colon, function = name.partition(":")
+    if not (module and colon and function):
+        raise ValueError(f"rewards: name must be one of {list(BUILT_IN)} or module:function; got {name!r}")
+    try:
+        reward = getattr(importlib.import_module(module), function)
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise ValueError(f"rewards: {name!r} must be importable; got {error}; is its folder in PYTHONPATH?") from error
+    if not callable(reward):
+        raise ValueError(f"rewards: {name!r} must be a function; got a {type(reward).__name__}")
+    return reward
+
+
+def combine(
+    functions: list[Reward],
+    weights: list[float] | None,
+    prompts: list[Any],
+    completions: list[Completion],
+    columns: dict[str, list[Any]],
+) -> list[float]:
+    """Σ_f weight_f · reward_f of every completion, over the functions that apply to its row.
+
+    Args:
+        functions: rewards with TRL's signature, at least one.
+        weights: one for each function; None is 1 each.
+        prompts, completions: the same number of each.
+        columns: name -> one value for each completion.
+
+    Raises `ValueError` where a function returns another number of rewards, or one that is not finite, or where no
+    function applies to a row.
+    """
+    if not functions:
+        raise ValueError("combine: functions must name at least one reward; got none")
+    if weights is None:
+        weights = [1.0] * len(functions)
+    if len(weights) != len(functions):
+        raise ValueError(f"combine: weights must be one for each of the {len(functions)} rewards; got {len(weights)}")
+    totals: list[float | None] = [None] * len(completions)
+    for function, weight in zip(functions, weights, strict=True):
+        name = getattr(function, "__name__", type(function).__name__)
+        rewards = function(prompts=prompts, completions=completions, **columns)
+        if len(rewards) != len(completions):
+            raise ValueError(f"combine: {name} must return {len(completions)} rewards, one a completion; got {len(rewards)}")
+        for i, reward in enumerate(rewards):
+            if reward is None:
+                continue
+            if not math.isfinite(reward):
+                raise ValueError(f"combine: {name} must return finite numbers or None; got {reward} for completion {i}")
+            totals[i] = (totals[i] or 0.0) + weight * float(reward)
+    for i, total in enumerate(totals):
+        if total is None:
+            names = [getattr(function, "__name__", type(function).__name__) for function in functions]
+            raise ValueError(f"combine: one of {names} must apply to every row; got None from all for completion {i}")
+    return totals
+
+
+def final_answer(text: str) -> str:
+    """The part of a completion that states the answer; see `exact_match`."""
+    start = text.rfind("\\boxed{")
+    if start >= 0:
+        depth = 0
+        for end in range(start + 6, len(text)):
+            depth += {"{": 1, "}": -1}.get(text[end], 0)
+            if depth == 0:
+                return text[start + 7 : end]
+    tagged = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
+    if tagged:
+        return tagged[-1]
+    stated = re.findall(r"\banswer\b(?:\s+is\b)?[ \t]*:?\**[ \t]*(\S[^\n]*)", text, re.IGNORECASE)
+    return stated[-1] if stated else text
+
+
+def _content(completion: Completion) -> str:
+    return completion if isinstance(completion, str) else completion[-1]["content"]
+
+
+def _normal(text: str) -> str:
+    return " ".join(text.split()).strip("*").removesuffix(".").strip().casefold()
+
+
+def _letter(text: str) -> str | None:
+    match = re.fullmatch(r"\W*([A-Za-z])(?:[).:\]*]+.*|\W*)", text.strip(), re.DOTALL)
+    return match[1].upper() if match else None

@@ -1,0 +1,119 @@
+"""Sampling: prompts in, completions with their log-probs out.
+
+Each prompt is prefilled once and its KV cache repeated for its G samples; generation stops when every row has ended.
+Media placeholders are never sampled: a completion with one could not be scored. B = P * G rows, C completion tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from copd.config import RolloutConfig
+from copd.model import Sequences, collate, extend, hidden_states
+from copd.tasks import Prompt
+
+
+@dataclass
+class Rollout:
+    sequences: Sequences
+    """prompts and completions, (B, L + C)"""
+    tokens: Tensor
+    """(B, C) int64 completions, padded after EOS"""
+    mask: Tensor
+    """(B, C) bool, tokens up to EOS included"""
+    logp: Tensor
+    """(B, C) fp32, the sampler's own log-probs (0 outside `mask`)"""
+    truncated: Tensor
+    """(B,) bool, completions that reached the limit without EOS"""
+
+
+def seed_of(*key: object) -> int:
+    """A 63-bit seed from any printable key.
+
+    Every random draw of a run has its own key (run seed, purpose, domain, step), so no stream depends on what other
+    branches drew and a resumed run needs no generator state.
+    """
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def special_tokens(model: PreTrainedModel, processor) -> tuple[list[int], int, list[int]]:
+    """EOS ids, the padding id, and the media ids that must never be sampled."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    eos = {tokenizer.eos_token_id}
+    configured = model.generation_config.eos_token_id if model.generation_config else None
+    eos.update(configured if isinstance(configured, list) else [configured])
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    media = [getattr(model.config, name, None) for name in names]
+    pad = tokenizer.pad_token_id
+    eos = sorted(token for token in eos if token is not None)
+    return eos, eos[0] if pad is None else pad, [token for token in media if token is not None]
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    prompts: list[Prompt],
+    samples: int,
+    cfg: RolloutConfig,
+    special: tuple[list[int], int, list[int]],
+    seed: int,
+    greedy: bool = False,
+) -> Rollout:
+    """`samples` completions of each prompt, at `cfg.temperature` or greedily."""
+    device = model.get_input_embeddings().weight.device
+    chunk = cfg.chunk_prompts or len(prompts)
+    generator = torch.Generator(device).manual_seed(seed)
+    whole = collate(model, prompts, special[1], device)
+    parts = [
+        _generate(model, whole.take(slice(i, min(i + chunk, len(prompts)))), samples, cfg, special, generator, greedy)
+        for i in range(0, len(prompts), chunk)
+    ]
+    width = max(tokens.shape[1] for tokens, _ in parts)
+    fill = lambda x, value: torch.nn.functional.pad(x, (0, width - x.shape[1]), value=value)  # noqa: E731
+    tokens = torch.cat([fill(tokens, special[1]) for tokens, _ in parts])
+    logp = torch.cat([fill(logp, 0.0) for _, logp in parts])
+    ended = torch.isin(tokens, torch.tensor(special[0], device=device))
+    mask = ended.cumsum(1) - ended.long() == 0  # up to and including the first EOS
+    lengths = torch.tensor([t.shape[1] for t, _ in parts for _ in range(t.shape[0])], device=device)
+    mask &= torch.arange(width, device=device) < lengths[:, None]
+    truncated = ~(ended & mask).any(1)
+    return Rollout(extend(whole, tokens, mask), tokens, mask, logp * mask, truncated)
+
+
+def _generate(
+    model: PreTrainedModel,
+    prompts: Sequences,
+    samples: int,
+    cfg: RolloutConfig,
+    special: tuple[list[int], int, list[int]],
+    generator: torch.Generator,
+    greedy: bool,
+) -> tuple[Tensor, Tensor]:
+    eos, pad, media = special
+    cache = DynamicCache(config=model.config)
+    last = hidden_states(model, prompts, cache)[:, -1].repeat_interleave(samples, 0)  # (B, D)
+    cache.batch_repeat_interleave(samples)
+    mask = prompts.attention_mask.repeat_interleave(samples, 0)
+    position = prompts.position_ids.amax(dim=(0, 2)).repeat_interleave(samples)  # (B,)
+    ends = torch.tensor(eos, device=last.device)
+    done = torch.zeros(last.shape[0], dtype=torch.bool, device=last.device)
+    tokens, logps = [], []
+    while True:
+        logits = model.lm_head(last).float() / cfg.temperature  # (B, V), the last position alone
+        logits[:, media] = -torch.inf
+        logp = logits.log_softmax(-1)
+        token = logp.argmax(-1) if greedy else torch.multinomial(logp.exp(), 1, generator=generator)[:, 0]
+        logps.append(logp.gather(1, token[:, None])[:, 0])
+        tokens.append(torch.where(done, pad, token))
+        done = done | torch.isin(token, ends)
+        if len(tokens) == cfg.max_new_tokens or done.all():
+            return torch.stack(tokens, 1), torch.stack(logps, 1)
+        position = position + 1
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        step = Sequences([], samples, tokens[-1][:, None], mask, position[:, None].expand(3, -1, -1))
+        last = hidden_states(model, step, cache)[:, -1]
