@@ -21,6 +21,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# stands for an infinite log-ratio: finite, so that zero mass times it is zero
+FAR = 1e30
+
 
 class Side(NamedTuple):
     """One distribution (...) seen from its top token, beside another distribution."""
@@ -97,13 +100,21 @@ def top_difference(student: Side, teacher: Side) -> Tensor:
     )
 
 
+def log_mix(r: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """log(p / m) and log(q / m) for r = log(p / q) and m = beta q + (1 - beta) p; exact for r -> 0, finite throughout."""
+    r = r.nan_to_num(nan=0.0, posinf=FAR, neginf=-FAR)
+    share = torch.where(r < 0, r.new_full((), 1 - beta), r.new_full((), beta))
+    mix = torch.expm1(-r.abs()).mul_(share).log1p_()
+    return r.clamp(max=0).sub_(mix), r.clamp_(min=0).neg_().sub_(mix)
+
+
 class KLGradient(NamedTuple):
     """Per-row numbers that turn logits into the student's weighted gradient, for R rows and T teachers.
 
-    reverse    g_v = p_v (sum_j w_j (x_jv - x_jc) - centre)         x_j = z - t_j
-    forward    g_v = p_v sum_j w_j - sum_j w_j q_jv
-    symmetric  the sum of both
-    jsd        g_v = p_v (sum_j w_j (1 - beta) (u_jv - u_jc) - centre)   u_j = log p / m_j
+    reverse    g_v = p_v (sum_j w_j (x_jv - x_jc) - centre)                x_j = z - t_j
+    forward    g_v = -p_v centre - sum_j w_j q_jv
+    symmetric  g_v = p_v (sum_j w_j (x_jv - x_jc) - centre) - sum_j w_j q_jv
+    jsd        g_v = p_v (sum_j w_j (u_jv - u_jc) - centre)                u_j = log(p / m_j), w_j times 1 - beta
 
     and at the student's top token c, where all of these cancel, g_c = at_top.
     """
@@ -115,9 +126,12 @@ class KLGradient(NamedTuple):
 def kl_gradient(divergence: str, weight: Tensor, student: Side, teacher: Side, mean: Tensor) -> KLGradient:
     """`mean` (T, R): the expectation under p of what `centre` subtracts; unused for the forward divergence."""
     # a masked row's statistics may be infinite or NaN: its weight of zero must win
-    mean = torch.where(weight == 0, 0, weight * mean).sum(0)
-    at_top = -mean * student.p_top
-    if divergence in ("forward", "symmetric"):
-        forward = torch.where(weight == 0, 0, weight * top_difference(student, teacher)).sum(0)
-        at_top = forward if divergence == "forward" else at_top + forward
-    return KLGradient(mean, at_top)
+    centre = torch.where(weight == 0, 0, weight * mean).sum(0)
+    at_top = -centre * student.p_top
+    if divergence in ("reverse", "jsd"):
+        return KLGradient(centre, at_top)
+    forward = torch.where(weight == 0, 0, weight * top_difference(student, teacher)).sum(0)
+    total = weight.sum(0)
+    if divergence == "forward":
+        return KLGradient(-total, forward)
+    return KLGradient(centre - total, at_top + forward)

@@ -11,12 +11,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from copd_kernels.rows.stats import Side, entropy, kl_from, kl_gradient
+from copd_kernels.rows.stats import FAR, Side, entropy, kl_from, kl_gradient, log_mix
 
 # temporaries of one block of rows: half a core's L2 cache; on a GPU, enough to fill it
 BLOCK_BYTES = {"cpu": 1 << 19, "cuda": 1 << 28}
-# stands for an infinite log-ratio: finite, so that zero mass times it is zero
-FAR = 1e30
 
 
 def blocks(z: Tensor) -> Iterator[slice]:
@@ -124,16 +122,12 @@ def _kl(
         return None, value
     first = Side(top_max, top, tail, s.cross, s.moment)
     centre, at_top = kl_gradient(divergence, weight, first, t, first.mean)
-    if divergence == "forward":
-        centre = -weight.sum(0)
-    elif divergence == "symmetric":
-        centre = centre - weight.sum(0)
     p_top = first.p_top
     g.sub_(column(centre)).mul_(e).mul_(column(p_top))
     if subtract is not None:
         g.sub_(subtract)
     g.scatter_(1, column(top), column(at_top))
-    return mask_rows(g, weight), value
+    return g, value
 
 
 def _jsd(
@@ -152,10 +146,8 @@ def _jsd(
         # r = log p / q, each side measured from its own top, where it is exact
         r = (logits - column(top_max)).sub_(z[teacher] - column(other_max))
         r.sub_(column(torch.log1p(tail) - torch.log1p(other_tail)))
-        r.nan_to_num_(nan=0.0, posinf=FAR, neginf=-FAR)
-        mix = torch.where(r < 0, r.new_full((), 1 - beta), beta).mul_(torch.expm1(-r.abs())).log1p_()
-        u = r.clamp(max=0).sub_(mix)  # log p / m
-        to_teacher = r.clamp_(min=0).neg_().sub_(mix).mul_(q).sum(1)  # log q / m
+        u, to_teacher = log_mix(r, beta)
+        to_teacher = to_teacher.mul_(q).sum(1)
         values.append(beta * to_teacher + (1 - beta) * (p * u).sum(1))
         if g is not None:
             u.sub_(column(gathered(u, top)))
@@ -167,7 +159,7 @@ def _jsd(
     centre, at_top = kl_gradient("jsd", weight, side, side, torch.stack(means))
     g.sub_(column(centre)).mul_(p)
     g.scatter_(1, column(top), column(at_top))
-    return mask_rows(g, weight), value
+    return g, value
 
 
 def overlap(z: Tensor, student: int, teachers: list[int], k: int) -> Tensor:
@@ -209,11 +201,6 @@ def gathered(z: Tensor, ids: Tensor) -> Tensor:
 
 def column(row_values: Tensor) -> Tensor:
     return row_values.unsqueeze(1)
-
-
-def mask_rows(g: Tensor, weight: Tensor) -> Tensor:
-    """A row whose weights are all zero has no gradient, whatever its logits are."""
-    return g.masked_fill_(column((weight == 0).all(0)), 0)
 
 
 def finish(g: Tensor, z: Tensor, cap: float | None, dlogits: Tensor) -> None:
