@@ -56,7 +56,8 @@ def diverge(log_p: Tensor, log_q: Tensor, divergence: str, beta: float) -> Tenso
         return forward
     if divergence == "symmetric":
         return reverse + forward
-    log_m = torch.log(beta * q + (1 - beta) * p)
+    m = beta * q + (1 - beta) * p
+    log_m = torch.log(torch.where(m == 0, 1, m))
     teacher = (q * zero_where(q == 0, log_q - log_m)).sum(-1)
     student = (p * zero_where(p == 0, log_p - log_m)).sum(-1)
     return beta * teacher + (1 - beta) * student
