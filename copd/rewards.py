@@ -18,7 +18,7 @@ Completion = str | list[dict[str, Any]]
 
 
 def exact_match(completions: list[Completion], answer: list[Any], **columns: Any) -> list[float | None]:
-    """1 where the final answer is `answer` but for case, spaces and a closing full stop, else 0.
+    """1 where the final answer is `answer` but for case, spaces, `$`, `*` and a closing full stop, else 0.
 
     The final answer is the last `\\boxed{}`, else the last `<answer></answer>`, else what follows the last `answer is`,
     `answer:` or `answer` on its line, else the whole completion. None where the row has no `answer`.
@@ -32,14 +32,15 @@ def exact_match(completions: list[Completion], answer: list[Any], **columns: Any
 def multiple_choice(completions: list[Completion], answer: list[Any], **columns: Any) -> list[float | None]:
     """1 where the final answer chooses the letter of `answer` (`B`, `(b)`, `B. text`), else 0.
 
-    Without a marked final answer the last capital letter that stands alone counts. None where `answer` has no letter.
+    Without a marked final answer the last capital letter that stands alone counts (but not the word I). None where
+    `answer` has no letter.
     """
     rewards: list[float | None] = []
     for completion, want in zip(completions, answer, strict=True):
         letter = _letter(str(want))
         text = _content(completion)
         marked = final_answer(text)
-        alone = re.findall(r"(?<![\w'])[A-Z](?![\w'])", marked)
+        alone = re.findall(r"(?<![\w'])[A-HJ-Z](?![\w'])", marked)
         chosen = _letter(marked) or (alone[-1] if alone else None)
         rewards.append(None if letter is None else float(chosen == letter))
     return rewards
@@ -55,14 +56,17 @@ def math_verify(completions: list[Completion], answer: list[Any], **columns: Any
         from math_verify import parse, verify
     except ImportError as error:
         raise RuntimeError("math_verify: needs the package math-verify; run: pip install math-verify") from error
-    main = threading.current_thread() is threading.main_thread()
-    limits = ({"parsing_timeout": 5}, {"timeout_seconds": 5}) if main else ({"parsing_timeout": None}, {"timeout_seconds": None})
+    limit = 5 if threading.current_thread() is threading.main_thread() else None
     rewards: list[float | None] = []
     for completion, want in zip(completions, answer, strict=True):
         # a bare answer is LaTeX only between dollars
-        gold = [] if want is None else parse(f"${want}$", **limits[0]) or parse(str(want), **limits[0])
-        got = parse(_content(completion), **limits[0]) if gold else []
-        rewards.append(float(verify(gold, got, **limits[1])) if gold else None)
+        forms = [] if want is None else [f"${want}$", str(want)]
+        gold = next(filter(None, (parse(form, parsing_timeout=limit) for form in forms)), None)
+        if gold is None:
+            rewards.append(None)
+        else:
+            got = parse(_content(completion), parsing_timeout=limit)
+            rewards.append(float(verify(gold, got, timeout_seconds=limit)))
     return rewards
 
 
@@ -71,8 +75,12 @@ def think_format(completions: list[Completion], **columns: Any) -> list[float | 
 
     The opening tag may be missing: chat templates of reasoning models write it at the end of the prompt.
     """
-    pattern = re.compile(r"\s*(<think>)?((?!</?think>).)*</think>(?=.*\S)((?!</?think>).)*", re.DOTALL)
-    return [float(pattern.fullmatch(_content(completion)) is not None) for completion in completions]
+    rewards: list[float | None] = []
+    for completion in completions:
+        thought, closed, rest = _content(completion).strip().removeprefix("<think>").partition("</think>")
+        clean = "<think>" not in thought + rest and "</think>" not in rest
+        rewards.append(float(bool(closed and rest.strip() and clean)))
+    return rewards
 
 
 BUILT_IN: dict[str, Reward] = {
@@ -128,7 +136,8 @@ def combine(
         name = getattr(function, "__name__", type(function).__name__)
         rewards = function(prompts=prompts, completions=completions, **columns)
         if len(rewards) != len(completions):
-            raise ValueError(f"combine: {name} must return {len(completions)} rewards, one a completion; got {len(rewards)}")
+            rule = f"combine: {name} must return one reward for each of the {len(completions)} completions"
+            raise ValueError(f"{rule}; got {len(rewards)}")
         for i, reward in enumerate(rewards):
             if reward is None:
                 continue
@@ -154,8 +163,8 @@ def final_answer(text: str) -> str:
     tagged = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
     if tagged:
         return tagged[-1]
-    stated = re.findall(r"\banswer\b(?:\s+is\b)?[ \t]*:?\**[ \t]*(\S[^\n]*)", text, re.IGNORECASE)
-    return stated[-1] if stated else text
+    *before, stated = re.split(r"\banswer\b(?:\s+is\b)?\s*:?", text, flags=re.IGNORECASE)
+    return stated.strip("* \n").partition("\n")[0] if before else text
 
 
 def _content(completion: Completion) -> str:
@@ -163,7 +172,7 @@ def _content(completion: Completion) -> str:
 
 
 def _normal(text: str) -> str:
-    return " ".join(text.split()).strip("*").removesuffix(".").strip().casefold()
+    return " ".join(text.split()).lstrip("*$ ").rstrip("*$. ").casefold()
 
 
 def _letter(text: str) -> str | None:
