@@ -21,7 +21,7 @@ from copd.config import Config
 from copd.distill import TeacherScore, delta, divergence_loss
 from copd.model import hidden_states
 from copd.rlvr import advantages, policy_loss, token_weights
-from copd.rollout import Rollout, generate, seed_of, special_tokens
+from copd.rollout import Rollout, generate, rewards, seed_of, special_tokens
 from copd.tasks import Prompt, Task
 from copd_kernels import Head, agreement, logprob
 
@@ -109,26 +109,13 @@ class Branch:
         with self.on_device():
             return generate(self.model, prompts, samples, self.cfg.rollout, self.special, seed, greedy)
 
-    def rewards(self, task: Task, rollout: Rollout) -> Tensor:
-        """(P, G) fp32."""
-        sequences = rollout.sequences
-        prompts = [prompt for prompt in sequences.prompts for _ in range(sequences.samples)]
-        texts = [
-            task.decode(tokens[mask].tolist())
-            for tokens, mask in zip(rollout.tokens, rollout.mask, strict=True)
-        ]
-        values = task.reward(prompts, texts)
-        if len(values) != len(texts):
-            raise ValueError(f"reward: {task.name!r} must return one value a completion ({len(texts)}); got {len(values)}")
-        return torch.tensor(values, dtype=torch.float32).view(-1, sequences.samples)
-
     def native_batch(self, step: int) -> Batch:
         """Rollouts on this branch's own prompts, with group advantages from its reward."""
         task, cfg = self.task_of(step), self.cfg
         key = (cfg.seed, "native", task.name)
         prompts = draw(task, cfg.rollout.prompts, step // len(self.tasks), *key)
         rollout = self.rollout(prompts, seed_of("sample", *key, step))
-        reward = self.rewards(task, rollout)
+        reward = rewards(task, rollout)
         deviation = reward.std(1, correction=0)
         stats = {
             "reward": reward.mean().item(),
@@ -138,14 +125,15 @@ class Branch:
         advantage = advantages(reward, cfg.rlvr).flatten().to(rollout.mask.device)
         return Batch(task.name, rollout, self._weights(rollout), advantage=advantage, stats=stats)
 
-    def cross_rollout(self, teacher: Branch, step: int, prompts: int) -> Rollout:
-        """This policy's rollouts on the teacher's prompts."""
-        task = teacher.task_of(step)
-        key = (self.cfg.seed, "cross", self.task_of(step).name, task.name)
-        return self.rollout(draw(task, prompts, step, *key), seed_of("sample", *key, step))
-
-    def cross_batch(self, teacher: Branch, rollout: Rollout, score: TeacherScore, step: int) -> Batch:
-        return Batch(teacher.task_of(step).name, rollout, self._weights(rollout), teacher=score)
+    def cross_batch(self, teacher: Branch, step: int, shared_by: int = 1) -> Batch:
+        """This policy's rollouts on the teacher's prompts, scored by the teacher as it is now."""
+        cfg, task = self.cfg, teacher.task_of(step)
+        count = cfg.rollout.prompts
+        if cfg.opd.batch == "split":
+            count = max(1, count // shared_by)
+        key = (cfg.seed, "cross", self.task_of(step).name, task.name)
+        rollout = self.rollout(draw(task, count, step, *key), seed_of("sample", *key, step))
+        return Batch(task.name, rollout, self._weights(rollout), teacher=teacher.score(rollout))
 
     def _weights(self, rollout: Rollout) -> Tensor:
         keep = rollout.mask & ~rollout.truncated[:, None] if self.cfg.rollout.mask_truncated else rollout.mask
@@ -178,9 +166,32 @@ class Branch:
 
     # --- learning -------------------------------------------------------------------------------
 
+    def learn(self, batches: list[Batch]) -> dict[str, Any]:
+        """One update on the batches of a step, and what to log of it."""
+        start = time.perf_counter()
+        metrics: dict[str, Any] = {}
+        for batch in batches:
+            metrics |= batch.stats if batch.teacher is None else self.agreement(batch)
+        metrics |= self.update(batches)
+        for name in ("kl", "overlap"):
+            values = [value for key, value in metrics.items() if key.startswith(f"{name}/")]
+            if values:
+                metrics[name] = sum(values) / len(values)
+        masks = [batch.rollout.mask for batch in batches]
+        tokens = sum(int(mask.sum()) for mask in masks)
+        truncated = torch.cat([batch.rollout.truncated for batch in batches])
+        return metrics | {
+            "domain": batches[0].domain,
+            "completions/mean_length": tokens / len(truncated),
+            "completions/clipped_ratio": truncated.float().mean().item(),
+            "tokens": tokens,
+            "rollouts": len(truncated),
+            "update_time": time.perf_counter() - start,
+        }
+
     def update(self, batches: list[Batch]) -> dict[str, float]:
         """`cfg.rlvr.updates_per_batch` optimiser steps on the sum of the batches' losses."""
-        start, totals = time.perf_counter(), {}
+        totals: dict[str, float] = {}
         with self.on_device():
             for _ in range(self.cfg.rlvr.updates_per_batch):
                 for batch in batches:
@@ -194,7 +205,7 @@ class Branch:
                 self._publish()
         updates = self.cfg.rlvr.updates_per_batch
         metrics = {name: value / updates for name, value in totals.items()}
-        return metrics | {"grad_norm": grad_norm.item(), "update_time": time.perf_counter() - start}
+        return metrics | {"grad_norm": grad_norm.item()}
 
     def _backward(self, batch: Batch) -> dict[str, float]:
         """Adds the gradient of one batch to the master weights; returns what was optimised, part by part."""

@@ -318,3 +318,15 @@ def digest(*parts: Any) -> str:
     """Twelve hex digits that name any JSON-like or dataclass values."""
     text = json.dumps([asdict(part) if hasattr(part, "__dataclass_fields__") else part for part in parts], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+
+
+def to_dict(cfg: Config) -> dict[str, Any]:
+    """The resolved config as plain dictionaries and lists."""
+    return OmegaConf.to_container(OmegaConf.structured(cfg))
+
+
+def from_dict(tree: dict[str, Any]) -> Config:
+    """The config that `to_dict` wrote."""
+    schema = OmegaConf.structured(Config)
+    OmegaConf.set_readonly(schema, False)
+    return OmegaConf.to_object(OmegaConf.merge(schema, tree))

@@ -184,12 +184,12 @@ def extend(prompts: Sequences, completions: Tensor, mask: Tensor) -> Sequences:
 
 def hidden_states(model: PreTrainedModel, batch: Sequences, cache: Any = None) -> Tensor:
     """Last hidden states (B, L, D) after the final norm. With `cache`, keys and values are appended to it."""
-    extra = {} if cache is None else {"past_key_values": cache, "use_cache": True}
+    extra = {"past_key_values": cache, "use_cache": cache is not None}
     # a batch without padding needs no mask, which leaves SDPA its causal fast path
     mask = None if batch.attention_mask.all() else batch.attention_mask
     if not hasattr(model.config, "vision_config"):
         return model.model(
-            batch.input_ids, attention_mask=mask, position_ids=batch.position_ids[0], use_cache=cache is not None, **extra
+            batch.input_ids, attention_mask=mask, position_ids=batch.position_ids[0], **extra
         ).last_hidden_state
     embeds = model.get_input_embeddings()(batch.input_ids)
     # deepstack: features of early vision layers, added to the first language layers at the visual positions
@@ -215,7 +215,6 @@ def hidden_states(model: PreTrainedModel, batch: Sequences, cache: Any = None) -
         position_ids=batch.position_ids,
         visual_pos_masks=visual if present else None,
         deepstack_visual_embeds=deepstack,
-        use_cache=cache is not None,
         **extra,
     ).last_hidden_state
 

@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from copd.config import RolloutConfig
 from copd.model import Sequences, collate, extend, hidden_states
-from copd.tasks import Prompt
+from copd.tasks import Prompt, Task
 
 
 @dataclass
@@ -39,6 +39,26 @@ def seed_of(*key: object) -> int:
     branches drew and a resumed run needs no generator state.
     """
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def rewards(task: Task, rollout: Rollout) -> Tensor:
+    """Rewards (P, G) fp32. Raises `ValueError` where the task returns another number of them."""
+    samples = rollout.sequences.samples
+    prompts = [prompt for prompt in rollout.sequences.prompts for _ in range(samples)]
+    texts = completions(task, rollout)
+    values = task.reward(prompts, texts)
+    if len(values) != len(texts):
+        raise ValueError(
+            f"reward: {task.name!r} must return one value a completion ({len(texts)}); "
+            f"got {len(values)}"
+        )
+    return torch.tensor(values, dtype=torch.float32).view(-1, samples)
+
+
+def completions(task: Task, rollout: Rollout) -> list[str]:
+    """The text of each row, special tokens left out."""
+    rows = zip(rollout.tokens, rollout.mask, strict=True)
+    return [task.decode(tokens[mask].tolist()) for tokens, mask in rows]
 
 
 def special_tokens(model: PreTrainedModel, processor) -> tuple[list[int], int, list[int]]:

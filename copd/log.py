@@ -1,0 +1,85 @@
+"""Where numbers go while a run lasts: `metrics.jsonl` always, a progress bar, and trackers where asked for."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from tqdm import tqdm
+
+from copd.config import Config, dump
+
+
+def memory_mib(device: torch.device) -> float:
+    """Peak device memory, or the process's resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return psutil.Process().memory_info().rss / 2**20
+
+
+class Log:
+    def __init__(self, directory: Path, cfg: Config, total: int, done: int) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.path = directory / "metrics.jsonl"
+        self.start = time.perf_counter()
+        self.records = self._kept(done)
+        self.path.write_text("".join(json.dumps(record) + "\n" for record in self.records))
+        self.file = self.path.open("a")
+        self.offset = self.records[-1]["time"] if self.records else 0.0
+        self.bar = tqdm(total=total, initial=done, desc=cfg.name, disable=None, dynamic_ncols=True)
+        self.trackers = [tracker(name, directory, cfg) for name in cfg.report_to]
+
+    def _kept(self, done: int) -> list[dict[str, Any]]:
+        """Records of an interrupted run up to the checkpoint it resumes from."""
+        if done == 0 or not self.path.exists():
+            return []
+        lines = self.path.read_text().splitlines()
+        return [record for line in lines if line and (record := json.loads(line))["step"] <= done]
+
+    def write(self, kind: str, step: int, record: dict[str, Any]) -> None:
+        elapsed = round(self.offset + time.perf_counter() - self.start, 3)
+        record = {"kind": kind, "step": step, "time": elapsed} | record
+        self.records.append(record)
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+        who = "/".join(str(record[key]) for key in ("branch", "student", "domain") if key in record)
+        for track in self.trackers:
+            track({f"{kind}/{who}/{k}": v for k, v in record.items() if isinstance(v, float)}, step)
+
+    def progress(self, phase: str, metrics: dict[str, dict[str, Any]]) -> None:
+        def mean(name: str) -> str:
+            values = [record[name] for record in metrics.values() if name in record]
+            return f"{sum(values) / len(values):.3g}" if values else "-"
+
+        self.bar.update()
+        self.bar.set_postfix_str(
+            f"{phase} reward {mean('reward')} kl {mean('kl')} overlap {mean('overlap')} "
+            f"{mean('tokens_per_s')} tok/s {mean('memory_mib')} MiB"
+        )
+
+    def close(self) -> None:
+        self.bar.close()
+        self.file.close()
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        return [record for record in self.records if record["kind"] == kind]
+
+
+def tracker(name: str, directory: Path, cfg: Config):
+    """A function (numbers, step) of one tracker; an `ImportError` names the package that is missing."""
+    if name == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(directory / "tensorboard"))
+        return lambda numbers, step: [writer.add_scalar(key, value, step) for key, value in numbers.items()]
+    if name == "wandb":
+        import wandb as package
+    else:
+        import trackio as package
+    package.init(project="copd", name=cfg.name, config={"yaml": dump(cfg)})
+    # records of one step come one by one, which wandb's own step counter would refuse
+    return lambda numbers, step: package.log(numbers | {"step": step})

@@ -1,0 +1,100 @@
+"""The base of the synthetic suites: a tiny model that imitates worked answers, well and then carelessly.
+
+Stage 1 imitates correct solutions until every domain is answered; stage 2 imitates an annotator who slips
+(`copd.tasks.synthetic`). The result is cached by configuration, task and seed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForImageTextToText, PreTrainedModel
+
+from copd.config import Config, digest
+from copd.model import collate, extend, hidden_states
+from copd.rollout import generate, rewards, seed_of, special_tokens
+from copd.tasks import Task
+from copd_kernels import Head, logprob
+
+SLIP_LR = (1e-3, 1e-4)
+WARMUP_STEPS = 50
+
+
+def warm_start(model: PreTrainedModel, processor: Any, tasks: list[Task], cfg: Config) -> PreTrainedModel:
+    """The warm-started base, from the cache where it has been made before."""
+    if cfg.warmstart.clean_steps == 0:
+        return model
+    key = digest(cfg.model, cfg.warmstart, {name: [b.task, dict(b.options)] for name, b in cfg.branches.items()}, cfg.seed)
+    cached = Path(cfg.warmstart.cache_dir) / key
+    if not cached.exists():
+        _train(model, processor, tasks, cfg)
+        # several runs of a study may get here at once: whoever renames first wins
+        scratch = cached.with_name(f"{key}-{os.getpid()}")
+        model.save_pretrained(scratch)
+        processor.save_pretrained(scratch)
+        try:
+            scratch.rename(cached)
+        except OSError:
+            shutil.rmtree(scratch)
+    device = model.get_input_embeddings().weight.device
+    return AutoModelForImageTextToText.from_pretrained(cached, dtype=torch.float32).to(device)
+
+
+def _train(model: PreTrainedModel, processor: Any, tasks: list[Task], cfg: Config) -> None:
+    warm, special = cfg.warmstart, special_tokens(model, processor)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=warm.lr, weight_decay=0.01)
+    batch = {task.name: warm.batch for task in tasks}
+    bar = tqdm(range(warm.clean_steps + warm.slip_steps), desc="warm start", disable=None)
+    stage_end = warm.clean_steps
+    for step in bar:
+        clean = step < stage_end
+        if clean:
+            lr = warm.lr * min(1.0, (step + 1) / WARMUP_STEPS)
+        else:
+            done = (step - stage_end) / max(1, warm.slip_steps)
+            if done >= 1:
+                break
+            lr = SLIP_LR[0] + (SLIP_LR[1] - SLIP_LR[0]) * done
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        for task in tasks:
+            size = batch[task.name] if clean else warm.batch
+            loss = _imitation_loss(model, task, size, step, clean, special[1], cfg.seed) / len(tasks)
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if clean and (step + 1) % warm.check_every == 0:
+            reached = {}
+            for task in tasks:
+                prompts = [task.prompt(i, "test") for i in range(100)]
+                rollout = generate(model, prompts, 1, cfg.rollout, special, 0, greedy=True)
+                reached[task.name] = rewards(task, rollout).mean().item()
+                batch[task.name] = warm.batch // 3 if reached[task.name] >= warm.target_accuracy else warm.batch
+            bar.set_postfix({name: f"{value:.2f}" for name, value in reached.items()})
+            if min(reached.values()) >= warm.target_accuracy:
+                stage_end = step + 1
+
+
+def _imitation_loss(
+    model: PreTrainedModel, task: Task, size: int, step: int, careful: bool, pad: int, seed: int
+) -> torch.Tensor:
+    """Mean of −log p over the tokens of `size` worked answers."""
+    rng = np.random.default_rng(seed_of(seed, "warmstart", task.name, step))
+    indices = rng.integers(task.size("train"), size=size).tolist()
+    answers = [task.solution(index, rng, careful) for index in indices]
+    if any(answer is None for answer in answers):
+        raise ValueError(f"warm start: task {task.name!r} must offer worked solutions; got None; set warmstart.clean_steps=0")
+    device = model.get_input_embeddings().weight.device
+    width = max(map(len, answers))
+    tokens = torch.tensor([answer + [pad] * (width - len(answer)) for answer in answers], device=device)
+    mask = torch.tensor([[1] * len(answer) + [0] * (width - len(answer)) for answer in answers], device=device).bool()
+    prompts = collate(model, [task.prompt(index) for index in indices], pad, device)
+    hidden = hidden_states(model, extend(prompts, tokens, mask))[:, -width - 1 : -1][mask]  # (N, D)
+    return -logprob(Head.of(model, hidden), tokens[mask]).logp.mean()
