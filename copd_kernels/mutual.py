@@ -100,14 +100,8 @@ def mutual_op(
         if k in gradients:
             made += [*gradients[k].tensors(), gradients[k].unit]
         else:
-            made += nothing(hidden[k], lm_head[k], want[3 * k : 3 * k + 3], dtype)
+            made += [*(weight.new_empty(0) for _ in range(3)), weight.new_ones(())]
     return (edge_weight.to(dtype) * edge_sum).sum(), edge_sum, made
-
-
-def nothing(hidden: Tensor, lm_head: Tensor, want: list[bool], dtype: torch.dtype) -> list[Tensor]:
-    """Zero gradients: of a head that teaches only."""
-    zeros = [torch.zeros_like(x) for x in fake_gradients(hidden, lm_head, want, dtype)]
-    return [*zeros, hidden.new_ones((), dtype=dtype)]
 
 
 @mutual_op.register_fake
@@ -216,9 +210,9 @@ def mutual_kl(
             temperature=temperature,
             token_weight=token_weight,
         )
-    flat = flatten(heads)
     students = {s for s, _ in edges}
-    want = [flag and k in students for k, head in enumerate(heads) for flag in wanted(head)]
+    heads = [head if k in students else head.detach() for k, head in enumerate(heads)]
+    flat = flatten(heads)
     total, edge_sum, _ = mutual_op(
         *flat[:3],
         edge_weight,
@@ -230,7 +224,7 @@ def mutual_kl(
         float(temperature),
         name,
         workspace_bytes or 0,
-        want,
+        [flag for head in heads for flag in wanted(head)],
     )
     mass = token_weight.sum()
     mass = torch.where(mass > 0, mass, 1)

@@ -1,0 +1,199 @@
+"""Good manners: opcheck, compile, autocast, passes, memory, and the 16-bit gradient path of CUDA."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from kernel_cases import DIVERGENCES, cast, gradients, make, relative
+
+from copd_kernels import Head, agreement, kl, logprob, mutual_kl
+from copd_kernels import schedule
+from copd_kernels.agreement import agreement_op
+from copd_kernels.flatten import flatten, scale
+from copd_kernels.kl import kl_op
+from copd_kernels.logprob import logprob_backward, logprob_op
+from copd_kernels.mutual import mutual_op
+
+N, D, V = 12, 8, 50
+
+
+@pytest.fixture(autouse=True)
+def defined_memory():
+    # opcheck compares gradients nobody asked for, which stay empty tensors
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("routed", [False, True])
+def test_opcheck_passes_for_kl(routed, per_token):
+    index = torch.arange(N) % 2 if routed else None
+    rows = N // 2 if routed else N
+    flat = flatten([make(N, D, V), make(rows, D, V).detach(), make(rows, D, V).detach()])
+    weight = torch.ones(1, 1) if routed else torch.full((2, 1), 0.5)
+    tensors = (*(x[0] for x in flat[:3]), *(x[1:] for x in flat[:3]), weight, index, torch.rand(N))
+    want = [not per_token, not per_token, False]
+    rest = (*flat[3:], "reverse", 0.5, 1.0, "torch", 0, per_token, want)
+    torch.library.opcheck(kl_op, (*tensors, *rest))
+
+
+def test_opcheck_passes_for_logprob():
+    head = make(N, D, V)
+    inputs = (
+        head.hidden,
+        head.lm_head,
+        torch.empty(0),
+        torch.randint(0, V, (N,)),
+        [1.0, 0.0],
+        V,
+        1.0,
+        -100,
+        "torch",
+        0,
+    )
+    torch.library.opcheck(logprob_op, inputs)
+    detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in inputs]
+    torch.library.opcheck(logprob_backward, (*detached, torch.rand(3, N), [True, True, False]))
+
+
+def test_opcheck_passes_for_mutual_kl_agreement_and_scale():
+    flat = flatten([make(N, D, V), make(N, D, V)])
+    options = ("reverse", 0.5, 1.0, "torch", 0, [True, True, False] * 2)
+    torch.library.opcheck(mutual_op, (*flat[:3], torch.ones(2), torch.ones(N), *flat[3:], [0, 1, 1, 0], *options))
+    flat = flatten([make(N, D, V).detach() for _ in range(3)])
+    torch.library.opcheck(agreement_op, (*flat, 5, 1.0, "torch", 0))
+    torch.library.opcheck(scale, (torch.rand(5, 3), torch.tensor(2.0), torch.bfloat16))
+
+
+def test_compiles_without_a_graph_break():
+    def loss(hidden, lm_head, other, tokens):
+        head, teacher = Head(hidden, lm_head), Head(other, lm_head)
+        together = mutual_kl([head, teacher]).loss + agreement(head, teacher, k=3).forward_kl.sum()
+        per_token = kl(head, teacher, reduction="none", divergence="jsd")
+        return logprob(head, tokens).logp.sum() + kl(head, [teacher] * 2) + per_token.sum() + together
+
+    student, teacher, tokens = make(N, D, V), make(N, D, V), torch.randint(0, V, (N,))
+    arguments = (student.hidden, student.lm_head, teacher.hidden, tokens)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(*arguments)
+    eager = loss(*arguments)
+    torch.testing.assert_close(compiled, eager)
+    for name, g in gradients(compiled, student).items():
+        torch.testing.assert_close(g, gradients(eager, student)[name])
+
+
+def test_autocast_is_honoured():
+    student, teacher, tokens = make(N, D, V), make(N, D, V), torch.randint(0, V, (N,))
+    low = [cast(h, torch.bfloat16) for h in (student, teacher)]
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = kl(student, teacher), logprob(student, tokens).logp
+    assert torch.equal(mixed[0], kl(*low))
+    assert torch.equal(mixed[1], logprob(low[0], tokens).logp)
+    for value in mixed:
+        assert all(g.dtype == torch.float32 for g in gradients(value.sum(), student).values())
+
+
+def gemm_passes(run, N, V, D) -> float:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], with_flops=True) as profile:
+        run()
+    return sum(event.flops for event in profile.key_averages()) / (2 * N * V * D)
+
+
+def leaves(T, N=256, V=1000, D=64, **fields):
+    return [make(N, D, V, **fields) for _ in range(T + 1)]
+
+
+def frozen(head: Head) -> Head:
+    return Head(head.hidden, head.lm_head.detach())
+
+
+def routed(T):
+    student, *teachers = leaves(T)
+    index = torch.arange(256) % T
+    teachers = [Head(t.hidden[index == j], t.lm_head) for j, t in enumerate(teachers)]
+    return lambda: kl(student, teachers, teacher_index=index).backward()
+
+
+PASSES = {
+    "kl, one teacher": (4, lambda: (lambda s, t: lambda: kl(s, t).backward())(*leaves(1))),
+    "kl, four teachers": (7, lambda: (lambda s, *t: lambda: kl(s, t, divergence="jsd").backward())(*leaves(4))),
+    "kl, frozen lm_head": (3, lambda: (lambda s, t: lambda: kl(frozen(s), t).backward())(*leaves(1))),
+    "kl, no gradient": (2, lambda: (lambda s, t: lambda: kl(s.detach(), t))(*leaves(1))),
+    "kl, per token": (6, lambda: (lambda s, t: lambda: kl(s, t, reduction="none").sum().backward())(*leaves(1))),
+    "kl, routed to four": (4, lambda: routed(4)),
+    "logprob": (4, lambda: (lambda s: lambda: logprob(s, torch.arange(256)).logp.sum().backward())(*leaves(0))),
+    "mutual_kl, three heads": (9, lambda: (lambda *h: lambda: mutual_kl(h).loss.backward())(*leaves(2))),
+    "agreement, two teachers": (3, lambda: (lambda s, *t: lambda: agreement(s, t))(*leaves(2))),
+}
+
+
+@pytest.mark.parametrize("op", PASSES)
+def test_spends_no_more_gemm_passes_than_promised(op):
+    promised, build = PASSES[op]
+    passes = gemm_passes(build(), 256, 1000, 64)
+    assert passes == pytest.approx(promised, rel=0.02), f"{op}: {passes:.2f} passes, promised {promised}"
+
+
+MEMORY_SCRIPT = """
+import resource, sys, torch
+from copd_kernels import Head, kl, logprob, mutual_kl
+torch.set_num_threads(1)
+op, N = sys.argv[1], int(sys.argv[2])
+V, D = 20000, 16
+def head():
+    return Head(torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=True))
+heads, tokens = [head() for _ in range(3)], torch.randint(0, V, (N,))
+run = {
+    "kl": lambda: kl(heads[0], heads[1:], workspace_bytes=16 << 20),
+    "kl none": lambda: kl(heads[0], heads[1:], reduction="none", workspace_bytes=16 << 20).sum(),
+    "logprob": lambda: logprob(heads[0], tokens, workspace_bytes=16 << 20).logp.sum(),
+    "mutual_kl": lambda: mutual_kl(heads, workspace_bytes=16 << 20).loss,
+}[op]
+small = Head(heads[0].hidden[:8], heads[0].lm_head)
+kl(small, small).backward()  # libraries load
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+run().backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.parametrize("op", ["kl", "kl none", "logprob", "mutual_kl"])
+def test_peak_memory_is_the_workspace_whatever_the_number_of_tokens(op):
+    # (N, V) alone would be 305 MiB in fp32; allowed: workspace, three heads' gradients and accumulators, blocks, slack
+    command = [sys.executable, "-c", MEMORY_SCRIPT, op, "4000"]
+    grown = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout) / 1024
+    assert grown < 80, f"{grown:.0f} MiB"
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_sixteen_bit_dlogits_keep_the_gradient(backend, dtype, divergence, monkeypatch):
+    """CUDA hands the GEMM 16-bit dlogits; here the same path runs with the product widened."""
+
+    def addmm(out, a, b, *, alpha=1.0, accumulate=False):
+        torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=int(accumulate), alpha=alpha, out=out)
+
+    monkeypatch.setattr(schedule, "addmm", addmm)
+    monkeypatch.setattr("copd_kernels.flatten.operand_dtype", lambda hidden, _: hidden.dtype)
+    student = make(64, 64, 1000, dtype)
+    teacher = make(64, 64, 1000, dtype, like=student, noise=0.05)
+    # bf16 stores of Triton's interpreter truncate instead of rounding
+    gate = 6e-3 if backend == "triton" and dtype == torch.bfloat16 else 3e-3
+    for weight in (1.0, 1e-9):
+        exact_student = cast(student, torch.float64)
+        options = {"divergence": divergence, "reduction": "sum", "token_weight": torch.full((64,), weight)}
+        want = gradients(kl(exact_student, cast(teacher, torch.float64), backend="reference", **options), exact_student)
+        got = kl(student, teacher, backend=backend, **options)
+        # the result itself must not underflow fp16: ask for the gradient of a multiple
+        got = gradients(got, student, torch.tensor(1 / weight))
+        errors = {name: relative(g, want[name] / weight) for name, g in got.items()}
+        assert max(errors.values()) <= gate, errors
+
+
+@pytest.mark.gpu
+def test_offsets_reach_past_two_to_the_31():
+    head = make(16, 16, 152064, torch.bfloat16, "cuda")
+    wide = Head(head.hidden.repeat(1000, 1), head.lm_head)
+    tokens = torch.randint(0, 152064, (16,), device="cuda")
+    got = logprob(wide, tokens.repeat(1000), workspace_bytes=10 << 30).logp.view(1000, 16)
+    assert (got == got[0]).all()
