@@ -5,6 +5,10 @@ A problem is solved in a few steps. The answer writes the value after each step 
 applies each step's *other* rule (subtracts for +, counts the next colour, counts left moves) with probability `slip`:
 independently at each step (`slip_unit: step`), which leaves a noisy skill that RL sharpens, or for the whole problem
 (`slip_unit: problem`), which for slip > 1/2 leaves a base whose most likely answer is wrong.
+
+With a `convention` the answer reads `v1 v2 ... plain answer v_n` or `... mirror answer 9 - v_n`, and only the domain's own
+convention is rewarded. The careless annotator takes the other one with probability `convention_slip`. Domains of opposite
+conventions conflict: what one learns to prefer is what the other must unlearn.
 """
 
 from __future__ import annotations
@@ -35,7 +39,11 @@ class SyntheticTask(ABC):
         test_rows: int = 1024,
         slip: float = 0.3,
         slip_unit: Literal["step", "problem"] = "step",
+        convention: Literal["plain", "mirror"] | None = None,
+        convention_slip: float = 0.0,
     ) -> None:
+        if convention not in (None, "plain", "mirror"):
+            raise ValueError(f"{name}: convention must be plain or mirror; got {convention!r}")
         if slip_unit not in ("step", "problem"):
             raise ValueError(f"{name}: slip_unit must be step or problem; got {slip_unit!r}")
         if not 0 <= slip <= 1:
@@ -45,6 +53,8 @@ class SyntheticTask(ABC):
         self.rows = {"train": train_rows, "test": test_rows}
         self.slip = slip
         self.slip_unit = slip_unit
+        self.convention = convention
+        self.convention_slip = convention_slip
 
     @abstractmethod
     def draw(self, rng: np.random.Generator) -> Any:
@@ -86,7 +96,7 @@ class SyntheticTask(ABC):
             input_ids=encode(words),
             mm_token_type_ids=[{IMAGE: 1, VIDEO: 2}.get(word, 0) for word in words],
             media={} if frames is None else patches(frames),
-            columns={"answer": str(self.values(problem, np.zeros(self.steps, bool))[-1])},
+            columns={"answer": self._ending(self.values(problem, np.zeros(self.steps, bool))[-1])[-1]},
             images=[] if frames is None else list(((frames + 1) * 127.5).clip(0, 255).astype(np.uint8)),
         )
 
@@ -95,8 +105,16 @@ class SyntheticTask(ABC):
         problem, _ = self._problem(index, "train")
         slips = rng.random(self.steps if self.slip_unit == "step" else 1) < self.slip
         slips = np.zeros(self.steps, bool) if careful else np.broadcast_to(slips, (self.steps,))
-        *values, result = map(str, self.values(problem, slips))
-        return encode([*values, "answer", result, EOS])
+        other = rng.random() < self.convention_slip and not careful
+        *values, result = self.values(problem, slips)
+        return encode([*map(str, values), *self._ending(result, other), EOS])
+
+    def _ending(self, result: int, other: bool = False) -> list[str]:
+        """The last words of an answer, in the domain's convention or the other one."""
+        if self.convention is None:
+            return ["answer", str(result)]
+        convention = {"plain": "mirror", "mirror": "plain"}[self.convention] if other else self.convention
+        return [convention, "answer", str(result if convention == "plain" else 9 - result)]
 
     def decode(self, tokens: list[int]) -> str:
         return decode(tokens)

@@ -1,0 +1,114 @@
+"""All methods on all variants and seeds, each run in a process of its own, then one report over them.
+
+    python -m copd.study --config configs/study.yaml [key=value ...]
+
+Finished runs are skipped and interrupted ones resumed, so the same command continues a study. `independent` comes first
+in each (variant, seed): it makes the warm start that the others share, and the experts that `mopd` needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from copd import config
+
+
+@dataclass(frozen=True)
+class Study:
+    output_dir: str = "runs/study"
+    """folder of the study: <variant>/<method>-seed<seed>/ below it"""
+    methods: list[str] = field(default_factory=lambda: ["independent", "copd", "mixed", "mopd"])
+    """methods to compare; `independent` also gives the experts"""
+    seeds: list[int] = field(default_factory=lambda: [0])
+    """seeds of each method"""
+    jobs: int = 2
+    """runs at a time"""
+    common: dict[str, Any] = field(default_factory=dict)
+    """settings of every run, as in a run's own file"""
+    variants: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """settings of each suite, laid over `common`"""
+
+
+def load(path: Path, overrides: list[str]) -> Study:
+    tree = OmegaConf.structured(Study)
+    OmegaConf.set_readonly(tree, False)
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(tree, OmegaConf.load(path), OmegaConf.from_dotlist(overrides)))
+    except OmegaConfBaseException as error:
+        raise ValueError(f"study: {str(error).splitlines()[0]}") from error
+
+
+def write_config(study: Study, variant: str, seed: int, method: str) -> Path:
+    """The run's own file, checked against `copd.config` before anything starts."""
+    folder = f"{study.output_dir}/{variant}"
+    own = {"output_dir": folder, "name": f"{method}-seed{seed}", "variant": variant, "seed": seed, "method": method}
+    if method == "mopd" and "independent" in study.methods:
+        own["experts"] = f"{folder}/independent-seed{seed}"
+    tree = OmegaConf.merge(study.common, study.variants[variant], own)
+    path = Path(folder) / f"{method}-seed{seed}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(OmegaConf.to_yaml(tree))
+    config.load(path)
+    return path
+
+
+def launch(path: Path) -> int:
+    """Runs one config in a fresh process; its output goes to a .log beside the file."""
+    with path.with_suffix(".log").open("a") as log:
+        command = [sys.executable, "-m", "copd.train", "--config", str(path)]
+        environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        return subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
+
+
+def run(study: Study) -> list[Path]:
+    """Runs everything; returns the configs of runs that failed."""
+    paths = {
+        (variant, seed): [write_config(study, variant, seed, method) for method in study.methods]
+        for seed in study.seeds
+        for variant in study.variants
+    }
+    failed: list[Path] = []
+    with ThreadPoolExecutor(study.jobs) as pool:
+        pending: dict[Future[int], tuple[Path, list[Path]]] = {
+            pool.submit(launch, first): (first, rest) for first, *rest in paths.values()
+        }
+        while pending:
+            for done in wait(pending, return_when=FIRST_COMPLETED).done:
+                path, after = pending.pop(done)
+                print(f"{'done  ' if done.result() == 0 else 'FAILED'} {path.with_suffix('')}", flush=True)
+                if done.result() != 0:
+                    failed += [path, *after]
+                    continue
+                pending |= {pool.submit(launch, following): (following, []) for following in after}
+    return failed
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="copd study", description="Runs all methods, suites and seeds.")
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    args = parser.parse_intermixed_args(argv)
+    try:
+        study = load(args.config, args.overrides)
+        failed = run(study)
+    except ValueError as error:
+        parser.error(str(error))
+    from copd import report
+
+    report.write(Path(study.output_dir))
+    if failed:
+        sys.exit("study: failed: " + ", ".join(str(path) for path in failed))
+
+
+if __name__ == "__main__":
+    main()
