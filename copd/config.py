@@ -55,11 +55,15 @@ class DataConfig:
     config_name: str | None = None
     """configuration of a Hugging Face dataset"""
     test_path: str | None = None
-    """file of held-out rows; None keeps the last `test_rows` rows of `path` for testing"""
+    """rows to test on; without it and `test_split` the last `test_rows` rows of `path` are held out"""
+    test_split: str | None = None
+    """split of a Hugging Face dataset to test on"""
     test_rows: int = 64
-    """rows held out when there is no `test_path`"""
+    """rows held out when there is neither `test_path` nor `test_split`"""
     prompt_column: str = "prompt"
     """text or chat messages"""
+    chat: bool = True
+    """a prompt goes through the model's chat template, if it has one; False takes text as it is"""
     system_prompt: str | None = None
     """put before every prompt that has no system message"""
     rewards: list[str] = field(default_factory=lambda: ["exact_match"])
@@ -67,10 +71,12 @@ class DataConfig:
     reward_weights: list[float] | None = None
     """weight of each reward; None is 1 each"""
     max_prompt_tokens: int | None = None
-    """a longer prompt is an error; None for no limit"""
+    """longest prompt, media included; None for no limit"""
+    overlong: Literal["error", "next"] = "error"
+    """what a longer prompt is: an error, or replaced by the next row that fits"""
     max_frames: int | None = None
     """frames kept of a video, evenly spaced; None keeps all"""
-    fps: float | None = None
+    fps: float = 2.0
     """frames a second of the frame folders, for the timestamps"""
 
 
@@ -268,7 +274,7 @@ class Config:
         return Path(self.output_dir) / self.name
 
     def __post_init__(self) -> None:
-        if not 1 <= len(self.branches):
+        if not len(self.branches) >= 1:
             raise ValueError("config: branches must name at least one domain; got none")
         for name, branch in self.branches.items():
             if not branch.task:

@@ -1,0 +1,237 @@
+"""Rows from files: JSONL or Hugging Face `datasets`, with images and folders of frames, through the model's processor.
+
+Columns are TRL's: `prompt` (text or chat messages), `images` (or `image`), `video`, and any other, which the rewards
+get. An image is a path, relative to the file that names it, or an image that `datasets` decoded. A video is a folder
+of frames or a list of them.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from transformers.video_utils import VideoMetadata
+
+from copd import rewards
+from copd.config import DataConfig
+from copd.tasks import Prompt, Split
+
+MEDIA_COLUMNS = ("images", "image", "video")
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+THUMBNAIL = 256  # pixels of the longer side of the images kept for the report
+
+
+class FileTask:
+    """Rows of files as a `copd.tasks.Task`.
+
+    Train and test share no row: a training row of a JSONL that equals a test row is left out.
+    """
+
+    def __init__(self, name: str, cfg: DataConfig, processor: Any) -> None:
+        self.name = name
+        self.cfg = cfg
+        self.processor = processor
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.functions = [rewards.load(reward) for reward in cfg.rewards]
+        train = test = read(cfg.path, cfg.split, cfg.config_name)
+        if cfg.test_path is not None or cfg.test_split is not None:
+            test = read(cfg.test_path or cfg.path, cfg.test_split or cfg.split, cfg.config_name)
+            kept, held_out = range(len(train)), range(len(test))
+        else:
+            kept = range(len(train) - cfg.test_rows)
+            held_out = range(len(kept), len(train))
+        if isinstance(train, list) and isinstance(test, list):
+            seen = {json.dumps(test[i], sort_keys=True) for i in held_out}
+            kept = [i for i in kept if json.dumps(train[i], sort_keys=True) not in seen]
+        if not (len(kept) and len(held_out)):
+            got = f"{len(train)} rows of {cfg.path} and test_rows {cfg.test_rows}"
+            raise ValueError(f"{name}: data must leave rows to train on and rows to test on; got {got}")
+        self.rows: dict[Split, tuple[Sequence[dict[str, Any]], Sequence[int]]] = {
+            "train": (train, kept),
+            "test": (test, held_out),
+        }
+        self.files: dict[Split, str] = {"train": cfg.path, "test": cfg.test_path or cfg.path}
+        for split, (rows, indices) in self.rows.items():
+            if isinstance(rows, list):  # cheap enough to find what is missing before the first step
+                for index in range(len(indices)):
+                    self._check(split, index)
+
+    def size(self, split: Split) -> int:
+        return len(self.rows[split][1])
+
+    def prompt(self, index: int, split: Split = "train") -> Prompt:
+        """Row `index`; if it is longer than `max_prompt_tokens` that is an error, or the next row that fits."""
+        limit = self.cfg.max_prompt_tokens
+        for step in range(self.size(split)):
+            row = (index + step) % self.size(split)
+            prompt = self._prompt(row, split)
+            if limit is None or len(prompt.input_ids) <= limit:
+                return prompt
+            if self.cfg.overlong == "error":
+                where, length = self._where(split, row), len(prompt.input_ids)
+                what = "raise max_prompt_tokens, or set overlong to next"
+                raise ValueError(f"{where}: prompt must have at most {limit} tokens; got {length}; {what}")
+        raise ValueError(f"{self.name}: one {split} prompt must have at most {limit} tokens; got none")
+
+    def decode(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+    def reward(self, prompts: list[Prompt], completions: list[str]) -> list[float]:
+        """The weighted sum of `cfg.rewards`, which see prompts and completions as chats where the file has chats."""
+        names = sorted({name for prompt in prompts for name in prompt.columns})
+        columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
+        asked = [self._row(*self._place(prompt))[self.cfg.prompt_column] for prompt in prompts]
+        answered = [
+            text if isinstance(question, str) else [{"role": "assistant", "content": text}]
+            for question, text in zip(asked, completions, strict=True)
+        ]
+        return rewards.combine(self.functions, self.cfg.reward_weights, asked, answered, columns)
+
+    def solution(self, index: int, rng: np.random.Generator, careful: bool) -> None:
+        return None
+
+    def _place(self, prompt: Prompt) -> tuple[Split, int]:
+        return ("train", prompt.index) if prompt.index >= 0 else ("test", -1 - prompt.index)
+
+    def _row(self, split: Split, index: int) -> dict[str, Any]:
+        rows, indices = self.rows[split]
+        return rows[indices[index]]
+
+    def _where(self, split: Split, index: int) -> str:
+        return f"{self.name}: row {self.rows[split][1][index]} of {self.files[split]}"
+
+    def _media(self, split: Split, index: int) -> tuple[list[Any], list[Any]]:
+        """Images and frames of a row, paths resolved against the folder of its file."""
+        row, file = self._row(split, index), Path(self.files[split])
+        folder = file if file.is_dir() else file.parent
+        images = row.get("images") or row.get("image") or []
+        frames = row.get("video") or []
+        if isinstance(frames, str):
+            found = [path for path in (folder / frames).glob("*") if path.suffix.lower() in IMAGE_SUFFIXES]
+            frames = [path.relative_to(folder) for path in sorted(found, key=_natural)] or [frames]
+        resolve = lambda item: folder / item if isinstance(item, str | Path) else item  # noqa: E731
+        images = images if isinstance(images, list) else [images]
+        return [resolve(image) for image in images], [resolve(frame) for frame in frames]
+
+    def _check(self, split: Split, index: int) -> None:
+        """Raises `ValueError` for a row without prompt, or whose image or frames are not there."""
+        row, column = self._row(split, index), self.cfg.prompt_column
+        if not isinstance(row.get(column), str | list) or not row[column]:
+            got = repr(row.get(column))
+            raise ValueError(f"{self._where(split, index)}: {column} must be text or a list of messages; got {got}")
+        for kind, items in zip(("images", "video"), self._media(split, index), strict=True):
+            for item in items:
+                if isinstance(item, Path) and not item.is_file():
+                    rule = (
+                        "must be an image file" if kind == "images" else "must be a folder of frames or a list of them"
+                    )
+                    raise ValueError(f"{self._where(split, index)}: {kind} {rule}; got {item}")
+                if not isinstance(item, Path | Image.Image):
+                    raise ValueError(f"{self._where(split, index)}: {kind} must be paths; got {type(item).__name__}")
+
+    def _prompt(self, index: int, split: Split) -> Prompt:
+        self._check(split, index)
+        row = self._row(split, index)
+        images, frames = self._media(split, index)
+        chosen = list(range(len(frames)))
+        if self.cfg.max_frames is not None and len(frames) > self.cfg.max_frames:
+            chosen = np.linspace(0, len(frames) - 1, self.cfg.max_frames).round().astype(int).tolist()
+        metadata = VideoMetadata(total_num_frames=len(frames), fps=self.cfg.fps, frames_indices=chosen)
+        images = [_rgb(image) for image in images]
+        frames = [_rgb(frames[i]) for i in chosen]
+        text = self._render(row[self.cfg.prompt_column], len(images), bool(frames), self._where(split, index))
+        if images or frames:
+            if self.processor is self.tokenizer:
+                raise ValueError(f"{self._where(split, index)}: the model must read images; got a tokenizer alone")
+            media: dict[str, Any] = {"images": images} if images else {}
+            if frames:
+                video = np.stack([np.asarray(frame) for frame in frames])  # (frames, H, W, 3)
+                media |= {"videos": [video], "video_metadata": [metadata], "do_sample_frames": False}
+            inputs = dict(self.processor(text=[text], return_tensors="pt", **media))
+        else:
+            inputs = dict(self.tokenizer([text], return_tensors="pt", add_special_tokens=not self._chat))
+        input_ids = inputs.pop("input_ids")[0].tolist()
+        kinds = inputs.pop("mm_token_type_ids", None)
+        return Prompt(
+            task=self.name,
+            index=index if split == "train" else -1 - index,
+            text=text,
+            input_ids=input_ids,
+            mm_token_type_ids=[0] * len(input_ids) if kinds is None else kinds[0].tolist(),
+            media={key: value for key, value in inputs.items() if key not in ("attention_mask", "token_type_ids")},
+            columns={k: v for k, v in row.items() if k not in (self.cfg.prompt_column, *MEDIA_COLUMNS)},
+            images=[_thumbnail(image) for image in images + frames],
+        )
+
+    @property
+    def _chat(self) -> bool:
+        return self.cfg.chat and getattr(self.processor, "chat_template", None) is not None
+
+    def _render(self, prompt: str | list[dict[str, Any]], images: int, video: bool, where: str) -> str:
+        """The prompt as the model reads it, with one placeholder for each image and video."""
+        if isinstance(prompt, str) and not self._chat:
+            return "\n\n".join(filter(None, [self.cfg.system_prompt, prompt]))
+        if not self._chat:
+            raise ValueError(f"{where}: messages must have a chat template; got a model without, or chat false")
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else copy.deepcopy(prompt)
+        if self.processor is self.tokenizer:
+            parts = lambda content: content  # noqa: E731
+        else:
+            parts = lambda content: [{"type": "text", "text": content}] if isinstance(content, str) else content  # noqa: E731
+        messages = [{**message, "content": parts(message["content"])} for message in messages]
+        if self.cfg.system_prompt is not None and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": parts(self.cfg.system_prompt)})
+        for kind, wanted in (("image", images), ("video", int(video))):
+            content = [part for m in messages if isinstance(m["content"], list) for part in m["content"]]
+            placed = sum(part["type"] == kind for part in content)
+            if placed == 0:  # ahead of the first user turn, as TRL puts them
+                user = next(message for message in messages if message["role"] == "user")
+                user["content"] = [{"type": kind}] * wanted + user["content"] if wanted else user["content"]
+            elif placed != wanted:
+                raise ValueError(f"{where}: messages must place each {kind} once, {wanted} in all; got {placed}")
+        return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def read(path: str, split: str, config_name: str | None) -> Sequence[dict[str, Any]]:
+    """Rows of a JSONL file, or of a folder or name that `datasets` loads."""
+    file = Path(path)
+    if file.suffix != ".jsonl":
+        import datasets
+
+        if (file / "state.json").is_file() or (file / "dataset_dict.json").is_file():  # written by save_to_disk
+            loaded = datasets.load_from_disk(path)
+            return loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
+        return datasets.load_dataset(path, config_name, split=split)
+    if not file.is_file():
+        raise ValueError(f"data: path must be a JSONL file, a folder or a dataset; got {path!r}, which does not exist")
+    rows = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"data: line {number} of {path} must be JSON; got {error}") from error
+            if not isinstance(rows[-1], dict):
+                raise ValueError(f"data: line {number} of {path} must be an object; got a {type(rows[-1]).__name__}")
+    return rows
+
+
+def _natural(path: Path) -> list[Any]:
+    """frame_2 before frame_10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
+
+
+def _rgb(image: Path | Image.Image) -> Image.Image:
+    return (image if isinstance(image, Image.Image) else Image.open(image)).convert("RGB")
+
+
+def _thumbnail(image: Image.Image) -> np.ndarray:
+    small = image.copy()
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    return np.asarray(small)

@@ -1,0 +1,309 @@
+"""Rows from JSONL, folders and `datasets`, through a Qwen3-VL processor built offline."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.models.qwen2_vl import Qwen2VLImageProcessorPil
+
+from copd import train
+from copd.config import Config, DataConfig, ModelConfig, load
+from copd.data import FileTask
+from copd.model import build_tiny
+from copd.processor import FrameProcessor, PilProcessor, load_processor
+from copd.tasks import vocabulary
+from copd.tasks.synthetic import patches
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *vocabulary.MEDIA]
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
+    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif part.type == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def processor():
+    """Byte-level BPE of the examples, and Qwen3-VL's image processor with the tiny model's patches."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator((file.read_text() for file in sorted(EXAMPLES.glob("*.jsonl"))), trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token=SPECIAL[0], eos_token=SPECIAL[2], chat_template=TEMPLATE
+    )
+    size = {"shortest_edge": 256, "longest_edge": 65536}
+    image_processor = Qwen2VLImageProcessorPil(
+        patch_size=4, merge_size=2, temporal_patch_size=2, size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    return PilProcessor(image_processor, tokenizer, TEMPLATE, video_processor={"size": size})
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes rows as `rows.jsonl` beside a blank `a.png` of 16 x 24 and a folder `clip` of frames 0 to 10."""
+    Image.new("RGB", (24, 16), "white").save(tmp_path / "a.png")
+    (tmp_path / "clip").mkdir()
+    for i in range(11):
+        Image.new("RGB", (16, 16), (i, 0, 0)).save(tmp_path / "clip" / f"frame_{i}.png")
+
+    def write(*rows):
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(path)
+
+    return write
+
+
+def rows(count, **columns):
+    return [{"prompt": f"Number {i}?", "answer": str(i), **columns} for i in range(count)]
+
+
+def config(path, **options):
+    return DataConfig(**{"path": path, "test_rows": 1, **options})
+
+
+@pytest.mark.parametrize(("name", "kind", "tokens"), [("text", 0, 0), ("image", 1, 64), ("video", 2, 128)])
+def test_examples_become_prompts_of_their_modality(processor, name, kind, tokens):
+    task = FileTask(name, DataConfig(path=str(EXAMPLES / f"{name}.jsonl"), test_rows=2), processor)
+    prompt = task.prompt(0)
+    assert len(prompt.mm_token_type_ids) == len(prompt.input_ids)
+    assert prompt.mm_token_type_ids.count(kind) == (tokens or len(prompt.input_ids))
+    assert prompt.text.startswith("<|im_start|>user\n")
+    assert prompt.text.endswith("<|im_start|>assistant\n")
+    assert list(prompt.columns) == ["answer"]
+    assert task.solution(0, np.random.default_rng(0), True) is None
+
+
+def test_pixels_are_what_the_model_expects(processor, write):
+    task = FileTask("image", config(write(*rows(2, images=["a.png"]))), processor)
+    prompt = task.prompt(0)
+    assert prompt.media["image_grid_thw"].tolist() == [[1, 4, 6]]
+    assert torch.equal(prompt.media["pixel_values"], torch.ones(24, 3 * 2 * 4 * 4))
+    assert [image.shape for image in prompt.images] == [(16, 24, 3)]
+
+
+def test_frames_are_paired_as_in_the_synthetic_video(processor):
+    frames = np.random.default_rng(0).integers(0, 256, (4, 16, 24, 3), dtype=np.uint8)
+    want = patches(frames / 127.5 - 1)
+    reader = FrameProcessor(processor.image_processor, {"size": {"shortest_edge": 1, "longest_edge": 10**6}})
+    got = reader([frames], video_metadata=[None])
+    assert torch.equal(got["video_grid_thw"], want["video_grid_thw"])
+    torch.testing.assert_close(got["pixel_values_videos"], want["pixel_values_videos"], atol=1e-6, rtol=0)
+
+
+def test_an_odd_last_frame_is_repeated(processor):
+    frames = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+    reader = FrameProcessor(processor.image_processor, {"size": {"shortest_edge": 1, "longest_edge": 10**6}})
+    odd, even = reader([frames], [None]), reader([frames[[0, 1, 2, 2]]], [None])
+    assert torch.equal(odd["pixel_values_videos"], even["pixel_values_videos"])
+
+
+def test_frames_that_need_resizing_name_the_package(processor):
+    frames = np.zeros((2, 17, 16, 3), dtype=np.uint8)
+    with pytest.raises(RuntimeError, match=r"multiples of 8.* got 2 frames of 17 x 16; pip install torchvision"):
+        processor.video_processor([frames], [None])
+
+
+def test_frames_come_in_the_order_of_their_numbers_evenly_spaced_and_dated(processor, write):
+    cfg = config(write(*rows(2, video="clip")), max_frames=3, fps=5.0)
+    prompt = FileTask("video", cfg, processor).prompt(0)
+    assert [int(image[0, 0, 0]) for image in prompt.images] == [0, 5, 10]
+    read = processor.tokenizer.decode(prompt.input_ids)
+    assert "<0.5 seconds>" in read  # between frames 0 and 5
+    assert "<2.0 seconds>" in read  # frame 10, repeated
+
+
+def test_a_list_of_frames_is_a_video_too(processor, write):
+    frames = [f"clip/frame_{i}.png" for i in (3, 2)]
+    prompt = FileTask("video", config(write(*rows(2, video=frames))), processor).prompt(0)
+    assert [int(image[0, 0, 0]) for image in prompt.images] == [3, 2]
+
+
+def test_messages_keep_their_roles_and_place_media_where_they_say(processor, write):
+    content = [{"type": "text", "text": "Look:"}, {"type": "image"}]
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": content}]
+    task = FileTask("image", config(write(*[{"prompt": chat, "image": "a.png", "answer": i} for i in "ab"])), processor)
+    placeholder = "<|vision_start|><|image_pad|><|vision_end|>"
+    assert f"Be brief.<|im_end|>\n<|im_start|>user\nLook:{placeholder}<|im_end|>" in task.prompt(0).text
+
+
+def test_a_system_prompt_is_added_once(processor, write):
+    chat = [{"role": "system", "content": "Own."}, {"role": "user", "content": "Hi"}]
+    path = write({"prompt": "Hi"}, {"prompt": chat}, {"prompt": "Bye"})
+    task = FileTask("text", config(path, system_prompt="General."), processor)
+    assert [task.prompt(i).text.count("system") for i in (0, 1)] == [1, 1]
+    assert ["General." in task.prompt(i).text for i in (0, 1)] == [True, False]
+
+
+def test_text_is_taken_as_it_is_without_chat(processor, write):
+    prompt = FileTask("text", config(write(*rows(2)), chat=False), processor).prompt(0)
+    assert prompt.text == "Number 0?"
+    assert processor.tokenizer.decode(prompt.input_ids) == "Number 0?"
+
+
+def test_the_last_rows_are_held_out_and_equal_rows_leave_the_training_split(processor, write):
+    task = FileTask("text", config(write(*rows(6), rows(6)[1]), test_rows=2), processor)
+    answers = {split: [task.prompt(i, split).columns["answer"] for i in range(task.size(split))] for split in task.rows}
+    assert answers == {"train": ["0", "2", "3", "4"], "test": ["5", "1"]}
+
+
+def test_a_test_file_is_used_whole(processor, write, tmp_path):
+    shutil.copy(write(*rows(2)), tmp_path / "test.jsonl")
+    task = FileTask("text", config(write(*rows(5)[2:]), test_path=str(tmp_path / "test.jsonl")), processor)
+    assert (task.size("train"), task.size("test")) == (3, 2)
+
+
+def test_rewards_see_columns_and_the_form_of_the_file(processor, write, monkeypatch):
+    seen = []
+
+    def spy(prompts, completions, **columns):
+        seen.append((prompts, completions, columns))
+        return [1.0] * len(completions)
+
+    chat = [{"role": "user", "content": "Hi"}]
+    path = write({"prompt": "Hi", "answer": "a", "level": 3}, {"prompt": chat, "answer": "b"}, {"prompt": "Bye"})
+    task = FileTask("text", config(path, reward_weights=[0.5]), processor)
+    monkeypatch.setattr(task, "functions", [spy])
+    assert task.reward([task.prompt(0), task.prompt(1), task.prompt(0, "test")], ["x", "y", "z"]) == [0.5] * 3
+    assistant = [{"role": "assistant", "content": "y"}]
+    columns = {"answer": ["a", "b", None], "level": [3, None, None]}
+    assert seen == [(["Hi", chat, "Bye"], ["x", assistant, "z"], columns)]
+
+
+def test_decode_leaves_special_tokens_out(processor, write):
+    task = FileTask("text", config(write(*rows(2))), processor)
+    assert task.decode(processor.tokenizer.encode("four<|im_end|>")) == "four"
+
+
+def test_datasets_and_their_decoded_images_work(processor, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    image = Image.new("RGB", (16, 16), "white")
+    made = datasets.Dataset.from_list([{"prompt": f"{i}?", "images": [image], "answer": str(i)} for i in range(3)])
+    made.cast_column("images", datasets.List(datasets.Image())).save_to_disk(tmp_path / "saved")
+    task = FileTask("image", config(str(tmp_path / "saved")), processor)
+    assert [task.size("train"), task.size("test")] == [2, 1]
+    assert task.prompt(0, "test").columns == {"answer": "2"}
+    assert task.prompt(1).media["image_grid_thw"].tolist() == [[1, 4, 4]]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "Hi", "images": ["b.png"]}, r"words: row 1 of .*rows.jsonl: images must be an image file; .*b.png"),
+        ({"prompt": "Hi", "video": "gone"}, r"row 1 of .*rows.jsonl: video must be a folder of frames.*gone"),
+        ({"prompt": "Hi", "images": [3]}, "images must be paths; got int"),
+        ({"answer": "4"}, "row 1 of .*: prompt must be text or a list of messages; got None"),
+    ],
+)
+def test_a_broken_row_is_found_before_training(processor, write, row, message):
+    with pytest.raises(ValueError, match=message):
+        FileTask("words", config(write({"prompt": "Hi"}, row, {"prompt": "Bye"})), processor)
+
+
+def test_media_must_be_placed_as_often_as_there_are(processor, write):
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "image"}]}]
+    task = FileTask("image", config(write({"prompt": chat, "images": ["a.png"]}, {"prompt": "Bye"})), processor)
+    with pytest.raises(ValueError, match=r"row 0 of .*messages must place each image once, 1 in all; got 2"):
+        task.prompt(0)
+
+
+def test_a_text_model_refuses_images(processor, write):
+    task = FileTask("image", config(write(*rows(2, images=["a.png"])), chat=False), processor.tokenizer)
+    with pytest.raises(ValueError, match=r"row 0 of .*the model must read images; got a tokenizer alone"):
+        task.prompt(0)
+
+
+def test_an_overlong_prompt_is_an_error_or_the_next_row(processor, write):
+    path = write({"prompt": "long " * 50}, {"prompt": "Hi"}, {"prompt": "Bye"})
+    with pytest.raises(ValueError, match=r"row 0 of .*: prompt must have at most 40 tokens; got \d+; raise max"):
+        FileTask("text", config(path, max_prompt_tokens=40), processor).prompt(0)
+    task = FileTask("text", config(path, max_prompt_tokens=40, overlong="next"), processor)
+    assert task.prompt(0) == task.prompt(1)
+    with pytest.raises(ValueError, match="one train prompt must have at most 2 tokens; got none"):
+        FileTask("text", config(path, max_prompt_tokens=2, overlong="next"), processor).prompt(0)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{}\n{", "line 2 of .* must be JSON"), ("[1]\n", "line 1 of .* must be an object; got a list")],
+)
+def test_a_malformed_file_names_the_line(processor, tmp_path, text, message):
+    (tmp_path / "rows.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        FileTask("text", config(str(tmp_path / "rows.jsonl")), processor)
+
+
+def test_a_missing_file_and_an_empty_split_are_refused(processor, write):
+    with pytest.raises(ValueError, match=r"path must be a JSONL file.* got 'no.jsonl', which does not exist"):
+        FileTask("text", config("no.jsonl"), processor)
+    with pytest.raises(ValueError, match=r"text: data must leave rows to train on .* got 2 rows of .* and test_rows 2"):
+        FileTask("text", config(write(*rows(2)), test_rows=2), processor)
+
+
+def checkpoint(folder, processor):
+    model = build_tiny(ModelConfig(hidden_size=32, layers=1, vision_layers=1), seed=0)
+    model.resize_token_embeddings(len(processor.tokenizer))
+    ids = processor.tokenizer.convert_tokens_to_ids(vocabulary.MEDIA)
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    for name, value in zip(names, ids, strict=True):
+        setattr(model.config, name, value)
+    model.config.text_config.eos_token_id = processor.tokenizer.eos_token_id
+    model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def test_a_saved_processor_reads_the_same_rows(processor, tmp_path):
+    checkpoint(tmp_path, processor)
+    cfg = DataConfig(path=str(EXAMPLES / "video.jsonl"), test_rows=2)
+    want, got = (FileTask("video", cfg, p).prompt(0) for p in (processor, PilProcessor.from_pretrained(tmp_path)))
+    assert want.input_ids == got.input_ids
+    assert torch.equal(want.media["pixel_values_videos"], got.media["pixel_values_videos"])
+    saved = json.loads((tmp_path / "processor_config.json").read_text())
+    assert saved["processor_class"] == "Qwen3VLProcessor"
+    assert saved["video_processor"]["video_processor_type"] == "Qwen3VLVideoProcessor"
+
+
+def test_a_checkpoint_without_image_processor_gives_its_tokenizer(processor, tmp_path):
+    build_tiny(ModelConfig(hidden_size=32, layers=1, vision_layers=1), seed=0).save_pretrained(tmp_path)
+    processor.tokenizer.save_pretrained(tmp_path)
+    assert isinstance(load_processor(str(tmp_path)), type(AutoTokenizer.from_pretrained(tmp_path)))
+
+
+def test_the_examples_train_from_a_saved_checkpoint(processor, tmp_path, monkeypatch):
+    monkeypatch.chdir(EXAMPLES.parent)
+    monkeypatch.setattr("transformers.AutoProcessor.from_pretrained", PilProcessor.from_pretrained)
+    checkpoint(tmp_path / "base", processor)
+    options = [
+        f"model.path={tmp_path / 'base'}",
+        f"output_dir={tmp_path / 'runs'}",
+        "model.dtype=float32",
+        "threads=1",
+        "cycles=1",
+        "rl_steps=1",
+        "opd_steps=1",
+        "rollout={prompts: 2, samples: 2, max_new_tokens: 6}",
+        "eval={every: 0, prompts: 2, samples: 1, curve_prompts: 2, divergence_prompts: 1, shown: 1}",
+    ]
+    cfg: Config = load(EXAMPLES / "shapes.yaml", options)
+    train.run(cfg)
+    results = json.loads((cfg.run_dir / "results.json").read_text())
+    assert set(results["final"]) == {"base", "text", "image", "video", "merged"}
+    assert (cfg.run_dir / "merged" / "processor_config.json").is_file()
