@@ -67,7 +67,12 @@ def draw(task: Task, count: int, step: int, *key: object) -> list[Prompt]:
     prompts = []
     for place in range(step * count, (step + 1) * count):
         epoch, position = divmod(place, rows)
-        prompts.append(task.prompt(int(_order(seed_of("order", *key, epoch), rows)[position])))
+        prompt = task.prompt(int(_order(seed_of("order", *key, epoch), rows)[position]))
+        if prompt.task != task.name:
+            raise ValueError(
+                f"prompt: row {prompt.index} of {prompt.task!r} must belong to a task of its branch; got {task.name!r}"
+            )
+        prompts.append(prompt)
     return prompts
 
 
@@ -213,6 +218,8 @@ class Branch:
         kind = "rlvr" if batch.teacher is None else "opd"
         beta = 1.0 if batch.teacher is None else cfg.opd.branch_beta.get(self.name, cfg.opd.beta)
         totals: dict[str, float] = {}
+        # training mode is what switches checkpointing on; dropout would part the ratio from 1
+        self.model.train(cfg.model.activation_checkpointing)
         for micro, rows in enumerate(rollout.sequences.micro_batches(cfg.micro_batch_tokens)):
             mask = rollout.mask[rows]
             head, tokens = self.head(rollout, rows)
@@ -334,8 +341,9 @@ class Branch:
         self.model.to(device)
         if self.frozen is not None:
             self.frozen.to(device)
-        for master in self.master:
-            master.data = master.data.to(device)
+        for master, parameter in zip(self.master, self.parameters, strict=True):
+            if master is not parameter:
+                master.data = master.data.to(device)
             for name, value in self.optimizer.state.get(master, {}).items():
                 if name != "step":
                     self.optimizer.state[master][name] = value.to(device)

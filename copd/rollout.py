@@ -88,6 +88,7 @@ def generate(
     device = model.get_input_embeddings().weight.device
     chunk = cfg.chunk_prompts or len(prompts)
     generator = torch.Generator(device).manual_seed(seed)
+    model.eval()  # activation checkpointing, on in training mode, would drop the KV cache
     whole = collate(model, prompts, special[1], device)
     parts = [
         _generate(model, whole.take(slice(i, min(i + chunk, len(prompts)))), samples, cfg, special, generator, greedy)

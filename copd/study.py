@@ -78,18 +78,25 @@ def run(study: Study) -> list[Path]:
         for variant in study.variants
     }
     failed: list[Path] = []
+    ready = [first for first, *_ in paths.values()]
+    after = {first: rest for first, *rest in paths.values()}
+    order = [path for group in paths.values() for path in group]
+    running: dict[Future[int], Path] = {}
     with ThreadPoolExecutor(study.jobs) as pool:
-        pending: dict[Future[int], tuple[Path, list[Path]]] = {
-            pool.submit(launch, first): (first, rest) for first, *rest in paths.values()
-        }
-        while pending:
-            for done in wait(pending, return_when=FIRST_COMPLETED).done:
-                path, after = pending.pop(done)
+        while ready or running:
+            # one suite and seed is finished before the next begins, as far as it keeps all jobs busy
+            ready.sort(key=order.index)
+            while ready and len(running) < study.jobs:
+                path = ready.pop(0)
+                running[pool.submit(launch, path)] = path
+            for done in wait(running, return_when=FIRST_COMPLETED).done:
+                path = running.pop(done)
                 print(f"{'done  ' if done.result() == 0 else 'FAILED'} {path.with_suffix('')}", flush=True)
-                if done.result() != 0:
-                    failed += [path, *after]
-                    continue
-                pending |= {pool.submit(launch, following): (following, []) for following in after}
+                following = after.pop(path, [])
+                if done.result() == 0:
+                    ready += following
+                else:
+                    failed += [path, *following]
     return failed
 
 

@@ -1,0 +1,63 @@
+"""Tiny settings the loop's tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from copd import config
+from copd.branch import Branch
+from copd.config import Config
+from copd.model import load
+from copd.tasks.arithmetic import Arithmetic
+from copd.tasks.count import Count
+from copd.tasks.motion import Motion
+
+CPU = torch.device("cpu")
+TINY = [
+    "threads=1",
+    "model.hidden_size=32",
+    "model.vision_hidden_size=16",
+    "rollout.prompts=2",
+    "rollout.samples=3",
+    "rollout.max_new_tokens=4",
+    "rollout.mask_truncated=false",
+    "optim.lr=1e-3",
+    "cycles=1",
+    "rl_steps=1",
+    "opd_steps=1",
+    "opd.signal=reverse",
+    "eval.prompts=4",
+    "eval.samples=1",
+    "eval.curve_prompts=2",
+    "eval.divergence_prompts=2",
+    "eval.shown=1",
+]
+TASKS = {"text": Arithmetic, "image": Count, "video": Motion, "text2": Arithmetic, "image2": Count}
+KINDS = {"text": "arithmetic", "image": "count", "video": "motion", "text2": "arithmetic", "image2": "count"}
+
+
+def make_config(tmp_path: Path, *overrides: str, domains: tuple[str, ...] = ("text", "image")) -> Config:
+    owned = [f"branches.{name}.task={KINDS[name]}" for name in domains]
+    place = [f"output_dir={tmp_path}", f"warmstart.cache_dir={tmp_path / 'warmstart'}"]
+    return config.load(None, [*owned, *place, *TINY, *overrides])
+
+
+def make_branch(cfg: Config, name: str = "text", seed: int = 0, domain: str | None = None) -> Branch:
+    model, processor = load(cfg.model, seed, CPU)
+    domain = domain or name
+    return Branch(name, [TASKS[domain](domain)], model, processor, cfg, CPU)
+
+
+def weights(branch: Branch) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in branch.model.state_dict().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def reward_longer(prompts: list, completions: list[str]) -> list[float]:
+    """A reward that random completions of one prompt differ in, so that advantages are not all zero."""
+    return [float(sum(map(len, text))) for text in completions]

@@ -1,0 +1,416 @@
+"""Algorithm 1: what must hold exactly."""
+
+import copy
+import json
+import signal
+
+import pytest
+import torch
+from copd_cases import CPU, make_branch, make_config, reward_longer, same, weights
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from copd import checkpoint, config
+from copd.branch import NonFiniteLoss
+from copd.coevolve import Plan, coevolve, gather
+from copd.train import Run, run
+
+
+def rewarded(branch):
+    branch.tasks[0].reward = reward_longer
+    return branch
+
+
+def make_plan(cfg, names=("text", "image"), phases=("rl", "opd"), teachers=None):
+    branches = {name: rewarded(make_branch(cfg, name)) for name in names}
+    teachers = teachers or {name: [other for other in names if other != name] for name in names}
+    return Plan(list(branches.values()), list(phases), {n: [branches[t] for t in ts] for n, ts in teachers.items()})
+
+
+def finish(plan, start=0):
+    return list(coevolve(plan, start))
+
+
+def test_the_same_seed_gives_the_same_numbers(tmp_path):
+    cfg = make_config(tmp_path)
+    first, second = make_plan(cfg), make_plan(cfg)
+    logged = [[{k: v for k, v in m.items() if k != "update_time"} for m in s[2].values()] for s in finish(first)]
+    again = [[{k: v for k, v in m.items() if k != "update_time"} for m in s[2].values()] for s in finish(second)]
+    assert logged == again
+    for a, b in zip(first.branches, second.branches, strict=True):
+        assert same(weights(a), weights(b))
+
+
+def test_another_seed_gives_other_numbers(tmp_path):
+    first, second = make_plan(make_config(tmp_path)), make_plan(make_config(tmp_path, "seed=1"))
+    finish(first), finish(second)
+    assert not same(weights(first.branches[0]), weights(second.branches[0]))
+
+
+@pytest.mark.parametrize("teacher", ["live", "phase_start"])
+def test_half_the_steps_then_a_resume_equal_all_steps_bit_for_bit(tmp_path, teacher):
+    cfg = make_config(tmp_path, f"opd.teacher={teacher}")
+    phases = ["rl", "opd", "opd", "rl"]
+    whole, half, rest = (make_plan(cfg, phases=phases) for _ in range(3))
+    finish(whole)
+    steps = coevolve(half)
+    next(steps), next(steps)
+    path = checkpoint.save(tmp_path, 2, half.branches, cfg)
+    assert checkpoint.load(path, rest.branches, cfg) == 2
+    finish(rest, 2)
+    for a, b in zip(whole.branches, rest.branches, strict=True):
+        assert same(weights(a), weights(b))
+        for x, y in zip(a.optimizer.state.values(), b.optimizer.state.values(), strict=True):
+            assert same(x, y)
+
+
+def test_a_resumed_run_writes_the_results_of_an_uninterrupted_one(tmp_path, monkeypatch):
+    settings = ("cycles=2", "checkpoint_every=2", "eval.every=2")
+    whole = run(make_config(tmp_path, *settings, "name=whole"))
+    cfg = make_config(tmp_path, *settings, "name=broken")
+    trainer = Run(cfg)
+
+    def interrupted_after_three_steps(plan, start):
+        for step, *rest in coevolve(plan, start):
+            yield step, *rest
+            if step == 3:
+                raise ZeroDivisionError
+
+    monkeypatch.setattr("copd.train.coevolve", interrupted_after_three_steps)
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    monkeypatch.undo()
+    resumed = run(cfg)
+    for part in ("final", "samples"):
+        assert resumed[part] == whole[part]
+    for part in ("eval", "divergence"):
+        assert [r | {"time": 0} for r in resumed[part]] == [r | {"time": 0} for r in whole[part]]
+
+
+def test_ctrl_c_saves_a_checkpoint_that_resumes(tmp_path, monkeypatch):
+    cfg = make_config(tmp_path, "cycles=2", "name=stopped")
+
+    def ctrl_c_in_the_first_step(plan, start):
+        for item in coevolve(plan, start):
+            signal.raise_signal(signal.SIGINT)
+            yield item
+
+    monkeypatch.setattr("copd.train.coevolve", ctrl_c_in_the_first_step)
+    with pytest.raises(KeyboardInterrupt):
+        run(cfg)
+    assert [path.name for path in checkpoint.found(cfg.run_dir)] == ["checkpoint-1"]
+    monkeypatch.undo()
+    resumed, whole = run(cfg), run(make_config(tmp_path, "cycles=2", "name=whole"))
+    assert resumed["final"] == whole["final"]
+
+
+def test_a_checkpoint_of_another_config_is_refused(tmp_path):
+    cfg = make_config(tmp_path)
+    plan = make_plan(cfg)
+    path = checkpoint.save(tmp_path, 1, plan.branches, cfg)
+    with pytest.raises(ValueError, match="resume: config must be the one"):
+        checkpoint.load(path, plan.branches, make_config(tmp_path, "optim.lr=2e-3"))
+
+
+@pytest.mark.parametrize("signal_name", ["sampled", "reverse", "forward", "jsd"])
+def test_a_teacher_equal_to_the_student_gives_no_distillation_gradient(tmp_path, signal_name):
+    cfg = make_config(tmp_path, f"opd.signal={signal_name}")
+    student, teacher = make_branch(cfg), make_branch(cfg, "image")
+    batch = student.cross_batch(teacher, 0)
+    student._backward(batch)
+    largest = max(p.grad.abs().max() for p in student.parameters if p.grad is not None)
+    student.optimizer.zero_grad()
+    moved = make_branch(cfg, "image", seed=1)
+    student._backward(student.cross_batch(moved, 0))
+    largest_of_another = max(p.grad.abs().max() for p in student.parameters if p.grad is not None)
+    assert largest <= 1e-6 * largest_of_another
+
+
+@pytest.mark.parametrize("signal_name", ["sampled", "reverse"])
+def test_with_beta_zero_copd_equals_independent_bit_for_bit(tmp_path, signal_name):
+    copd = make_plan(make_config(tmp_path, "opd.beta=0", f"opd.signal={signal_name}"), phases=["rl", "opd", "rl"])
+    independent = make_plan(make_config(tmp_path, "method=independent"), phases=["rl"] * 3)
+    finish(copd), finish(independent)
+    for a, b in zip(copd.branches, independent.branches, strict=True):
+        assert same(weights(a), weights(b))
+
+
+def test_two_equal_branches_stay_equal(tmp_path):
+    cfg = make_config(tmp_path)
+    first, second = (rewarded(make_branch(cfg, name, domain="text")) for name in ("text", "image"))
+    second.tasks = first.tasks
+    finish(Plan([first, second], ["rl", "opd", "opd"], {"text": [second], "image": [first]}))
+    assert same(weights(first), weights(second))
+    assert not same(weights(first), weights(make_branch(cfg)))
+
+
+def test_all_scoring_precedes_any_update(tmp_path):
+    """Gathering by hand, then updating in reverse order, gives what the loop gives."""
+    cfg = make_config(tmp_path)
+    looped, by_hand = make_plan(cfg, phases=["opd"]), make_plan(cfg, phases=["opd"])
+    finish(looped)
+    batches = {branch.name: gather(by_hand, branch, "opd", 0) for branch in reversed(by_hand.branches)}
+    for branch in reversed(by_hand.branches):
+        branch.learn(batches[branch.name])
+    for a, b in zip(looped.branches, by_hand.branches, strict=True):
+        assert same(weights(a), weights(b))
+
+
+def test_scoring_leaves_the_teacher_unchanged(tmp_path):
+    cfg = make_config(tmp_path)
+    student, teacher = make_branch(cfg), make_branch(cfg, "image")
+    before = weights(teacher)
+    student.update([student.cross_batch(teacher, 0)])
+    assert same(weights(teacher), before)
+    assert all(p.grad is None for p in teacher.parameters)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
+def test_one_to_five_branches_train_and_merge(tmp_path, count):
+    domains = ("text", "image", "video", "text2", "image2")[:count]
+    results = run(make_config(tmp_path, domains=domains))
+    assert list(results["final"]) == ["base", *domains, "merged"]
+    records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    taught = {r["branch"]: sum(k.startswith("kl/") for k in r) for r in records if r["kind"] == "train" and r["step"] == 2}
+    # the first is the hub
+    assert taught == {name: count - 1 if name == "text" else 1 for name in domains}
+
+
+@pytest.mark.parametrize(
+    ("method", "models", "steps"),
+    [
+        ("copd", ["base", "text", "image", "merged"], 2),
+        ("independent", ["base", "text", "image", "merged"], 2),
+        ("expert", ["base", "text", "image"], 2),
+        ("mixed", ["base", "mixed"], 4),
+        ("mopd", ["base", "student"], 2),
+    ],
+)
+def test_every_method_runs_its_number_of_steps(tmp_path, method, models, steps):
+    results = run(make_config(tmp_path, f"method={method}"))
+    assert list(results["final"]) == models
+    assert results["phases"][-1][-1] == steps
+    assert all((tmp_path / "run" / f"branch-{name}").exists() for name in models if name not in ("base", "merged"))
+
+
+def test_mopd_learns_from_the_experts_of_a_finished_run(tmp_path):
+    run(make_config(tmp_path, "method=independent", "name=first"))
+    results = run(make_config(tmp_path, "method=mopd", f"experts={tmp_path / 'first'}", "name=second"))
+    assert not (tmp_path / "second" / "experts").exists()
+    assert "student" in results["final"]
+
+
+@pytest.mark.parametrize(("sharing", "prompts"), [("per_edge", 2), ("split", 1)])
+def test_the_cross_batch_is_whole_for_each_teacher_or_shared_out(tmp_path, sharing, prompts):
+    cfg = make_config(tmp_path, f"opd.batch={sharing}", domains=("text", "image", "video"))
+    plan = make_plan(cfg, ("text", "image", "video"))
+    native, *cross = gather(plan, plan.branches[0], "opd", 0)
+    assert len(native.rollout.sequences.prompts) == 2
+    assert [len(batch.rollout.sequences.prompts) for batch in cross] == [prompts, prompts]
+
+
+def test_without_native_batches_phase_two_distils_alone(tmp_path):
+    plan = make_plan(make_config(tmp_path))
+    plan.native = False
+    assert [batch.teacher.name for batch in gather(plan, plan.branches[0], "opd", 0)] == ["image"]
+
+
+def test_live_teachers_move_and_phase_start_teachers_do_not(tmp_path):
+    scores = {}
+    for kind in ("live", "phase_start"):
+        plan = make_plan(make_config(tmp_path, f"opd.teacher={kind}"), phases=["opd", "opd"])
+        rollout = plan.branches[0].cross_batch(plan.branches[1], 0).rollout
+        before = plan.branches[1].score(rollout).logp[0]
+        next(coevolve(plan))
+        scores[kind] = torch.equal(plan.branches[1].score(rollout).logp[0], before)
+    assert scores == {"live": False, "phase_start": True}
+
+
+def test_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path):
+    gradients = {}
+    for tokens in (10**6, 1):
+        cfg = make_config(tmp_path, f"micro_batch_tokens={tokens}", "opd.signal=reverse")
+        student, teacher = rewarded(make_branch(cfg)), make_branch(cfg, "image", seed=1)
+        for batch in (student.native_batch(0), student.cross_batch(teacher, 0)):
+            student._backward(batch)
+        gradients[tokens] = torch.cat([p.grad.flatten() for p in student.parameters if p.grad is not None])
+    torch.testing.assert_close(gradients[1], gradients[10**6], rtol=1e-4, atol=1e-6)
+
+
+def test_from_the_second_update_on_a_batch_the_ratio_leaves_one(tmp_path):
+    student = rewarded(make_branch(make_config(tmp_path, "rlvr.updates_per_batch=3", "optim.lr=0.05")))
+    metrics = student.update([student.native_batch(0)])
+    assert metrics["clip_ratio/low_mean"] + metrics["clip_ratio/high_mean"] > 0
+
+
+def test_offload_changes_nothing_but_the_place(tmp_path):
+    stays, leaves = make_plan(make_config(tmp_path)), make_plan(make_config(tmp_path, "offload=true"))
+    finish(stays), finish(leaves)
+    for a, b in zip(stays.branches, leaves.branches, strict=True):
+        assert same(weights(a), weights(b))
+
+
+def test_offloaded_branches_visit_their_device_and_leave(tmp_path, monkeypatch):
+    branch = make_branch(make_config(tmp_path, "offload=true"))
+    branch.device, visited = torch.device("cuda"), []
+    monkeypatch.setattr(branch, "_move", visited.append)
+    with branch.on_device():
+        assert visited == [torch.device("cuda")]
+    assert visited == [torch.device("cuda"), "cpu"]
+
+
+def test_bf16_models_learn_through_fp32_master_weights(tmp_path):
+    """Steps of 1e-5 are lost in bf16 weights near 0.05, and kept in the master weights."""
+    branch = rewarded(make_branch(make_config(tmp_path, "model.dtype=bfloat16", "optim.lr=1e-5")))
+    start = [master.clone() for master in branch.master]
+    for step in range(3):
+        branch.update([branch.native_batch(step)])
+    assert all(p.dtype == torch.bfloat16 for p in branch.model.parameters())
+    assert all(m.dtype == torch.float32 for m in branch.master)
+    assert sum((m != s).any() for m, s in zip(branch.master, start, strict=True)) > 0
+    for parameter, master in zip(branch.parameters, branch.master, strict=True):
+        assert torch.equal(parameter, master.bfloat16())
+
+
+def test_activation_checkpointing_gives_the_same_gradient(tmp_path):
+    updated = []
+    for flag in ("false", "true"):
+        branch = rewarded(make_branch(make_config(tmp_path, f"model.activation_checkpointing={flag}"), "image"))
+        branch.update([branch.native_batch(0)])
+        updated.append(weights(branch))
+    for name, value in updated[0].items():
+        torch.testing.assert_close(updated[1][name], value, rtol=1e-4, atol=1e-5)
+
+
+class Shapes(TorchDispatchMode):
+    """Notes every tensor of at least `size` elements whose last or first dimension is V."""
+
+    def __init__(self, vocabulary, tokens):
+        super().__init__()
+        self.vocabulary, self.tokens, self.seen = vocabulary, tokens, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for value in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(value, torch.Tensor) and value.dim() > 1 and self.vocabulary in value.shape:
+                if value.numel() // self.vocabulary >= self.tokens:
+                    self.seen.append((str(function), tuple(value.shape)))
+        return out
+
+
+@pytest.mark.parametrize("signal_name", ["sampled", "reverse", "jsd"])
+def test_no_tensor_of_tokens_by_vocabulary_exists_in_the_training_path(tmp_path, signal_name, monkeypatch):
+    # 96 tokens of 512 words in fp32 would take 192 KiB; the kernels may hold 8 rows
+    import copd_kernels.schedule as schedule
+
+    monkeypatch.setattr(schedule, "workspace_bytes", lambda *args: 8 * 256 * 4, raising=False)
+    cfg = make_config(tmp_path, f"opd.signal={signal_name}", "rollout.prompts=8", "rollout.samples=4")
+    student, teacher = rewarded(make_branch(cfg)), make_branch(cfg, "image")
+    with Shapes(256, tokens=0) as everything:
+        student.learn([student.native_batch(0), student.cross_batch(teacher, 0)])
+    assert everything.seen, "the tied embedding at least has a vocabulary's size"
+    with Shapes(256, tokens=33) as shapes:
+        student.learn([student.native_batch(1), student.cross_batch(teacher, 1)])
+    parameters = {tuple(p.shape) for p in student.model.parameters()}
+    large = [(name, shape) for name, shape in shapes.seen if shape not in parameters and shape[::-1] not in parameters]
+    assert large == []
+
+
+def test_a_nan_loss_stops_the_run_and_names_branch_and_batch(tmp_path):
+    cfg = make_config(tmp_path)
+    trainer = Run(cfg)
+    trainer.plan.branches[1].model.lm_head.weight.data[5] = torch.nan
+    trainer.plan.branches[1].rollout = lambda *args: trainer.plan.branches[0].rollout(*args)
+    with pytest.raises(RuntimeError, match=r"loss of branch 'image' must be finite.*on 'image', rows \["):
+        trainer.train()
+    assert (cfg.run_dir / "failed-1" / "state.pt").exists()
+
+
+def test_an_empty_batch_changes_nothing_and_is_counted(tmp_path):
+    """Every completion of one branch is truncated and masked: no token is left to learn from."""
+    cfg = make_config(tmp_path, "rollout.mask_truncated=true", "rollout.max_new_tokens=1")
+    branch = rewarded(make_branch(cfg))
+    batch = branch.native_batch(0)
+    batch.rollout.truncated[:] = True
+    batch.weight = branch._weights(batch.rollout)
+    before = weights(branch)
+    metrics = branch.learn([batch])
+    assert same(weights(branch), before)
+    assert metrics["completions/clipped_ratio"] == 1
+    assert metrics["grad_norm"] == 0
+
+
+def test_truncated_completions_are_masked_and_counted(tmp_path):
+    branch = rewarded(make_branch(make_config(tmp_path, "rollout.mask_truncated=true")))
+    batch = branch.native_batch(0)
+    batch.rollout.truncated[:] = False
+    batch.rollout.truncated[0] = True
+    weight = branch._weights(batch.rollout)
+    assert weight[0].sum() == 0
+    torch.testing.assert_close(weight[1:].sum(1), torch.full((5,), 1 / 6))
+
+
+def test_a_reward_of_the_wrong_count_is_an_error(tmp_path):
+    branch = make_branch(make_config(tmp_path))
+    branch.tasks[0].reward = lambda prompts, completions: [1.0]
+    with pytest.raises(ValueError, match=r"reward: 'text' must return one value a completion \(6\); got 1"):
+        branch.native_batch(0)
+
+
+def test_a_prompt_no_branch_owns_is_an_error(tmp_path):
+    branch = make_branch(make_config(tmp_path))
+    stranger = make_branch(make_config(tmp_path), "image").tasks[0].prompt(0)
+    branch.tasks[0].prompt = lambda index: stranger
+    with pytest.raises(ValueError, match="prompt: row 0 of 'image' must belong to a task of its branch"):
+        branch.native_batch(0)
+
+
+def test_a_branch_of_another_vocabulary_is_refused(tmp_path):
+    run(make_config(tmp_path, "method=expert", "name=experts"))
+    folder = tmp_path / "experts" / "branch-text"
+    words = json.loads((folder / "tokenizer.json").read_text())
+    vocab = words["model"]["vocab"]
+    vocab["plus"] = vocab.pop("+")
+    (folder / "tokenizer.json").write_text(json.dumps(words))
+    with pytest.raises(ValueError, match="branch: tokenizer of .* must be the base's"):
+        run(make_config(tmp_path, "method=mopd", f"experts={tmp_path / 'experts'}", "name=student"))
+
+
+def test_checkpoints_load_with_from_pretrained(tmp_path):
+    from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+    cfg = make_config(tmp_path)
+    trainer = Run(cfg)
+    trainer.finish(trainer.train(), 0.0)
+    for folder, expected in (("merged", trainer.merged()), ("branch-image", trainer.plan.branches[1].model)):
+        loaded = AutoModelForImageTextToText.from_pretrained(cfg.run_dir / folder)
+        assert same(loaded.state_dict(), expected.state_dict())
+        assert len(AutoTokenizer.from_pretrained(cfg.run_dir / folder)) == 256
+
+
+def test_the_memory_of_all_branches_is_stated_at_the_start(tmp_path, caplog):
+    with caplog.at_level("INFO", logger="copd"):
+        Run(make_config(tmp_path))
+    assert any("2 branch(es) of" in message and "MiB in all" in message for message in caplog.messages)
+
+
+def test_old_checkpoints_are_removed(tmp_path):
+    cfg = make_config(tmp_path, "keep_checkpoints=2")
+    branch = make_branch(cfg)
+    for step in (5, 10, 100):
+        checkpoint.save(tmp_path, step, [branch], cfg)
+    assert [path.name for path in checkpoint.found(tmp_path)] == ["checkpoint-10", "checkpoint-100"]
+
+
+def test_a_finished_run_is_read_and_not_repeated(tmp_path, monkeypatch):
+    cfg = make_config(tmp_path)
+    first = run(cfg)
+    monkeypatch.setattr("copd.train.Run", None)
+    assert run(cfg) == json.loads(json.dumps(first))
+    with pytest.raises(ValueError, match="resume: config must be the one of the finished run"):
+        run(make_config(tmp_path, "optim.lr=1"))
+
+
+def test_a_dataclass_config_survives_the_round_trip(tmp_path):
+    cfg = make_config(tmp_path, "opd.branch_beta.text=0.5")
+    assert config.from_dict(config.to_dict(cfg)) == cfg
+    assert copy.copy(cfg) == cfg and CPU.type == "cpu" and NonFiniteLoss
