@@ -128,7 +128,7 @@ def logprob(
     backend: str | None = None,
     workspace_bytes: int | None = None,
 ) -> LogProb:
-    """logp_n = z_n[tokens_n] - lse_n, entropy_n = -sum_v p_v log p_v, lse_n = log sum_v exp z_v; z = logits / temperature.
+    """logp_n = z_n[tokens_n] - lse_n, entropy_n = -sum_v p_v log p_v, lse_n = log sum_v exp z_v, z = logits over T.
 
     Ignored positions give 0 in all three and no gradient, even if their hidden states are NaN.
 

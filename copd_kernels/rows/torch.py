@@ -1,11 +1,12 @@
 """Rows in plain PyTorch: any device, any dtype.
 
 Rows are taken a few at a time, so that the dozen passes over a row run in cache on a CPU and temporaries stay small
-beside the chunk on a GPU.
+beside the chunk on a GPU. Each pass writes into scratch that is allocated once: fresh memory costs more than the pass.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -13,23 +14,26 @@ from torch import Tensor
 
 from copd_kernels.rows.stats import FAR, Side, entropy, kl_from, kl_gradient, log_mix
 
-# temporaries of one block of rows: half a core's L2 cache; on a GPU, enough to fill it
-BLOCK_BYTES = {"cpu": 1 << 19, "cuda": 1 << 28}
+# one block of rows of one array: what a CPU's cache holds several of; on a GPU, enough to fill it
+BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 27}
 
 
-def blocks(z: Tensor) -> Iterator[slice]:
+def blocks(z: Tensor, arrays: int) -> Iterator[tuple[slice, list[Tensor]]]:
+    """A few rows at a time, with as many (rows, V) scratch arrays."""
     _, R, V = z.shape
     step = max(1, BLOCK_BYTES.get(z.device.type, BLOCK_BYTES["cpu"]) // (V * z.element_size()))
-    return (slice(i, min(i + step, R)) for i in range(0, R, step))
+    scratch = z.new_empty(arrays, min(step, R), V)
+    for start in range(0, R, step):
+        stop = min(start + step, R)
+        yield slice(start, stop), list(scratch[:, : stop - start])
 
 
 def logprob(z: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     logits = z[0]
     logp, h, lse = (logits.new_empty(tokens.shape) for _ in range(3))
-    for rows in blocks(z):
-        side, _, _ = self_side(logits[rows])
-        chosen = logits[rows].gather(1, tokens[rows].unsqueeze(1)).squeeze(1)
-        logp[rows] = (chosen - side.max) - side.norm
+    for rows, scratch in blocks(z, 2):
+        side = own_side(logits[rows], *scratch)
+        logp[rows] = (gathered(logits[rows], tokens[rows]) - side.max) - side.norm
         h[rows] = entropy(side)
         lse[rows] = side.lse
     return logp, h, lse
@@ -46,16 +50,15 @@ def logprob_grad(
 ) -> None:
     """g_v = dlogp (1[v = token] - p_v) - dentropy p_v (log p_v + entropy) + dlse p_v, finite even where p_v = 0."""
     logits = z[0]
-    for rows in blocks(z):
-        side, e, x = self_side(logits[rows])
+    for rows, (e, x) in blocks(z, 2):
+        side = own_side(logits[rows], e, x)
         token, dl, dh, dn = tokens[rows], dlogp[rows], dentropy[rows], dlse[rows]
         # log p_v + entropy = (z_v - max) - mean
         g = x.sub_(column(side.mean)).mul_(column(-dh)).add_(column(dn - dl))
         g.mul_(e).mul_(column(side.p_top))
-        chosen = token == side.top
-        tail = side.tail * side.p_top
-        at_top = dl * torch.where(chosen, tail, -side.p_top) + (dh * side.mean + dn) * side.p_top
-        g.scatter_add_(1, token.unsqueeze(1), column(dl))
+        own = torch.where(token == side.top, side.tail * side.p_top, -side.p_top)
+        at_top = dl * own + (dh * side.mean + dn) * side.p_top
+        g.scatter_add_(1, column(token), column(dl))
         g.scatter_(1, column(side.top), column(at_top))
         finish(g, logits[rows], cap, dlogits[rows])
 
@@ -71,100 +74,100 @@ def kl(
     dlogits: Tensor | None = None,
 ) -> Tensor:
     value = z.new_empty(len(teachers), z.shape[1])
-    for rows in blocks(z):
+    for rows, scratch in blocks(z, 5):
         w = None if dlogits is None else weight[:, rows]
+        others = [z[j, rows] for j in teachers]
         if divergence == "jsd":
-            g, value[:, rows] = _jsd(z[:, rows], student, teachers, beta, w)
+            value[:, rows], g = _jsd(z[student, rows], others, beta, w, scratch)
         else:
-            g, value[:, rows] = _kl(z[:, rows], student, teachers, divergence, w)
+            value[:, rows], g = _kl(z[student, rows], others, divergence, w, scratch)
         if g is not None:
             finish(g, z[student, rows], cap, dlogits[rows])
     return value
 
 
 def _kl(
-    z: Tensor, student: int, teachers: list[int], divergence: str, weight: Tensor | None
-) -> tuple[Tensor | None, Tensor]:
-    """Forward, reverse or both: (gradient (R, V) or None, value (T, R))."""
-    logits = z[student]
-    top, top_max, e, tail = softmax(logits)
-    g = None if weight is None else torch.zeros_like(logits)
-    subtract = None if weight is None or divergence == "reverse" else torch.zeros_like(logits)
+    logits: Tensor, others: list[Tensor], divergence: str, weight: Tensor | None, scratch: list[Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    """Forward, reverse or both: value (T, R) and gradient (R, V), if weighted."""
+    e, other_e, x, g, subtract = scratch
+    top, top_max, tail = softmax(logits, e)
+    if weight is not None:
+        g.zero_()
+        subtract.zero_()
     pairs = []
-    for j, teacher in enumerate(teachers):
-        other = z[teacher]
-        other_top, other_max, other_e, other_tail = softmax(other)
+    for j, other in enumerate(others):
+        other_top, other_max, other_tail = softmax(other, other_e)
         cross, other_cross = gathered(other, top), gathered(logits, other_top)
         moment = other_moment = torch.zeros_like(tail)
-        x = logits - other
         if divergence != "forward":
-            d = (x - column(top_max - cross)).masked_fill_(e == 0, 0)
-            moment = (d * e).sum(1)
-            if g is not None:
-                g.addcmul_(d, column(weight[j]))
+            torch.sub(logits, other, out=x).sub_(column(top_max - cross))
+            drop_massless(x, e)
+            if weight is not None:
+                g.addcmul_(x, column(weight[j]))
+            moment = x.mul_(e).sum(1)
         if divergence != "reverse":
-            d = (x.neg_() - column(other_max - other_cross)).masked_fill_(other_e == 0, 0)
-            other_moment = d.mul_(other_e).sum(1)
-            if g is not None:
+            torch.sub(other, logits, out=x).sub_(column(other_max - other_cross))
+            drop_massless(x, other_e)
+            other_moment = x.mul_(other_e).sum(1)
+            if weight is not None:
                 other_e.scatter_(1, column(other_top), 1)
-                scale = weight[j] / (1 + other_tail)
-                subtract.addcmul_(other_e, column(torch.where(weight[j] == 0, 0, scale)))
+                scale = torch.where(weight[j] == 0, 0, weight[j] / (1 + other_tail))
+                subtract.addcmul_(other_e, column(scale))
         s = Side(top_max, top, tail, cross, moment)
-        t = Side(other_max, other_top, other_tail, other_cross, other_moment)
-        pairs.append((s, t))
-    s, t = (Side(*(torch.stack(x) for x in zip(*side, strict=True))) for side in zip(*pairs, strict=True))
-    value = {
-        "reverse": lambda: kl_from(s, t),
-        "forward": lambda: kl_from(t, s),
-        "symmetric": lambda: kl_from(s, t) + kl_from(t, s),
-    }[divergence]()
-    if g is None:
-        return None, value
-    first = Side(top_max, top, tail, s.cross, s.moment)
-    centre, at_top = kl_gradient(divergence, weight, first, t, first.mean)
-    p_top = first.p_top
-    g.sub_(column(centre)).mul_(e).mul_(column(p_top))
-    if subtract is not None:
+        pairs.append((s, Side(other_max, other_top, other_tail, other_cross, other_moment)))
+    s, t = (Side(*map(torch.stack, zip(*side, strict=True))) for side in zip(*pairs, strict=True))
+    if divergence == "reverse":
+        value = kl_from(s, t)
+    elif divergence == "forward":
+        value = kl_from(t, s)
+    else:
+        value = kl_from(s, t) + kl_from(t, s)
+    if weight is None:
+        return value, None
+    s = Side(top_max, top, tail, s.cross, s.moment)
+    centre, at_top = kl_gradient(divergence, weight, s, t, s.mean)
+    g.sub_(column(centre)).mul_(e).mul_(column(s.p_top))
+    if divergence != "reverse":
         g.sub_(subtract)
-    g.scatter_(1, column(top), column(at_top))
-    return g, value
+    return value, g.scatter_(1, column(top), column(at_top))
 
 
 def _jsd(
-    z: Tensor, student: int, teachers: list[int], beta: float, weight: Tensor | None
-) -> tuple[Tensor | None, Tensor]:
-    """beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p: (gradient (R, V) or None, value (T, R))."""
-    logits = z[student]
-    top, top_max, e, tail = softmax(logits)
+    logits: Tensor, others: list[Tensor], beta: float, weight: Tensor | None, scratch: list[Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    """beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p: value and gradient, as in `_kl`."""
+    p, q, r, g, other = scratch
+    top, top_max, tail = softmax(logits, p)
     side = Side(top_max, top, tail, top_max, tail)
-    p = e.scatter_(1, column(top), 1).mul_(column(side.p_top))
-    g = None if weight is None else torch.zeros_like(logits)
+    p.scatter_(1, column(top), 1).mul_(column(side.p_top))
+    if weight is not None:
+        g.zero_()
     values, means = [], []
-    for j, teacher in enumerate(teachers):
-        other_top, other_max, other_e, other_tail = softmax(z[teacher])
-        q = other_e.scatter_(1, column(other_top), 1).mul_(column(1 / (1 + other_tail)))
+    for j, teacher in enumerate(others):
+        other_top, other_max, other_tail = softmax(teacher, q)
+        q.scatter_(1, column(other_top), 1).mul_(column(1 / (1 + other_tail)))
         # r = log p / q, each side measured from its own top, where it is exact
-        r = (logits - column(top_max)).sub_(z[teacher] - column(other_max))
+        torch.sub(logits, column(top_max), out=r)
+        r.sub_(torch.sub(teacher, column(other_max), out=other))
         r.sub_(column(torch.log1p(tail) - torch.log1p(other_tail)))
-        u, to_teacher = log_mix(r, beta)
-        to_teacher = to_teacher.mul_(q).sum(1)
-        values.append(beta * to_teacher + (1 - beta) * (p * u).sum(1))
-        if g is not None:
-            u.sub_(column(gathered(u, top)))
-            means.append((1 - beta) * (p * u).sum(1))
+        to_student, to_teacher = log_mix(r, beta)  # log p / m, log q / m
+        values.append(beta * to_teacher.mul_(q).sum(1) + (1 - beta) * torch.mul(p, to_student, out=other).sum(1))
+        if weight is not None:
+            u = to_student.sub_(column(gathered(to_student, top)))
+            means.append(torch.mul(p, u, out=other).sum(1))
             g.addcmul_(u, column((1 - beta) * weight[j]))
     value = torch.stack(values)
-    if g is None:
-        return None, value
-    centre, at_top = kl_gradient("jsd", weight, side, side, torch.stack(means))
+    if weight is None:
+        return value, None
+    centre, at_top = kl_gradient("jsd", (1 - beta) * weight, side, side, torch.stack(means))
     g.sub_(column(centre)).mul_(p)
-    g.scatter_(1, column(top), column(at_top))
-    return g, value
+    return value, g.scatter_(1, column(top), column(at_top))
 
 
 def overlap(z: Tensor, student: int, teachers: list[int], k: int) -> Tensor:
     value = z.new_empty(len(teachers), z.shape[1])
-    for rows in blocks(z):
+    for rows, _ in blocks(z, 0):
         mine = top_k(z[student, rows], k)
         for j, teacher in enumerate(teachers):
             value[j, rows] = (mine & top_k(z[teacher, rows], k)).sum(1).to(z.dtype) / k
@@ -179,20 +182,27 @@ def top_k(logits: Tensor, k: int) -> Tensor:
     return above | (equal & (equal.cumsum(1) <= room))
 
 
-def softmax(z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Top id, largest logit, exp(z - max) with 0 at the top token, and its sum: (R,), (R,), (R, V), (R,)."""
+def softmax(z: Tensor, e: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Top id, largest logit and tail, (R,) each; e (R, V) becomes exp(z - max), with 0 at the top token."""
     largest, top = z.max(1, keepdim=True)
-    e = torch.exp(z - largest).scatter_(1, top, 0)
-    return top.squeeze(1), largest.squeeze(1), e, e.sum(1)
+    torch.sub(z, largest, out=e).exp_().scatter_(1, top, 0)
+    return top.squeeze(1), largest.squeeze(1), e.sum(1)
 
 
-def self_side(z: Tensor) -> tuple[Side, Tensor, Tensor]:
-    """A distribution beside no other (x = z), exp(z - max) with 0 at the top token, and z - max, finite."""
+def own_side(z: Tensor, e: Tensor, x: Tensor) -> Side:
+    """A distribution beside no other; e as in `softmax`, and x (R, V) becomes z - max, finite."""
     largest, top = z.max(1, keepdim=True)
-    x = (z - largest).clamp_(min=-FAR)
-    e = torch.exp(x).scatter_(1, top, 0)
-    side = Side(largest.squeeze(1), top.squeeze(1), e.sum(1), torch.zeros_like(z[:, 0]), (e * x).sum(1))
-    return side, e, x
+    torch.sub(z, largest, out=x).clamp_(min=-FAR)
+    torch.exp(x, out=e).scatter_(1, top, 0)
+    # the top token itself contributes 0 to both sums
+    return Side(largest.squeeze(1), top.squeeze(1), e.sum(1), torch.zeros_like(z[:, 0]), torch.linalg.vecdot(e, x))
+
+
+def drop_massless(x: Tensor, e: Tensor) -> None:
+    """Makes 0 * inf zero: a word without mass counts nothing, however far the other side is."""
+    # on a CPU one sum tells that nothing is infinite, which is much cheaper than the fill
+    if x.device.type != "cpu" or not math.isfinite(x.sum()):
+        x.masked_fill_(e == 0, 0)
 
 
 def gathered(z: Tensor, ids: Tensor) -> Tensor:
