@@ -14,6 +14,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 BRANCH_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"]
 COLOURS = {"base": "#BBBBBB", "averaged": "#777777", "mixed": "#56B4E9", "mopd": "#8C6D31", "merged": "#222222"}
@@ -87,7 +88,7 @@ def curves(rows: dict[str, dict[str, list[tuple[str, str, bool, Series]]]], phas
 
 def divergence(measures: dict[str, dict[str, Series]], phases: Phases) -> str:
     """Distance between branches over steps: measure -> method -> values. KL has a logarithmic axis."""
-    with _figure(len(measures), 1, 2.9) as (figure, axes):
+    with _figure(len(measures), 1, 2.9, sharex=True) as (figure, axes):
         for axis, (measure, methods) in zip(axes[0], measures.items(), strict=True):
             _shade(axis, phases)
             for method, series in methods.items():
@@ -116,6 +117,7 @@ def _line(
     steps = sorted(series)
     mean, error = zip(*(mean_error(series[step]) for step in steps), strict=True)
     mean, error = scale * np.array(mean), scale * np.array([e or 0.0 for e in error])
+    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axis.plot(steps, mean, color=shade, label=label, linewidth=width, linestyle="--" if dashed else "-")
     axis.fill_between(steps, mean - error, mean + error, color=shade, alpha=0.15, linewidth=0)
 

@@ -17,8 +17,9 @@ from transformers.utils import cached_file, is_torchvision_available
 from transformers.video_utils import VideoMetadata
 
 
-def load_processor(path: str) -> Any:
+def load_processor(path: str | Path) -> Any:
     """The processor of a checkpoint: the model's own, or its tokenizer where the checkpoint has no image processor."""
+    path = str(path)
     config = AutoConfig.from_pretrained(path)
     if not hasattr(config, "vision_config") or not _settings(path):
         return AutoTokenizer.from_pretrained(path)
@@ -35,7 +36,7 @@ class PilProcessor(Qwen3VLProcessor):
         self.video_processor = FrameProcessor(image_processor, kwargs.get("video_processor", {}))
 
     @classmethod
-    def from_pretrained(cls, path: str, **kwargs: Any) -> PilProcessor:
+    def from_pretrained(cls, path: str | Path, **kwargs: Any) -> PilProcessor:
         processor = super().from_pretrained(path, **kwargs)
         processor.video_processor.settings = _settings(path).get("video_processor", {})
         return processor
@@ -83,7 +84,7 @@ class FrameProcessor:
         return BatchFeature(data | {"video_metadata": video_metadata})
 
 
-def _settings(path: str) -> dict[str, Any]:
+def _settings(path: str | Path) -> dict[str, Any]:
     """`processor_config.json`, or the two files that older checkpoints have in its place."""
     names = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
     files = [cached_file(path, name, _raise_exceptions_for_missing_entries=False) for name in names]

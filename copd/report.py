@@ -68,7 +68,8 @@ class Suite:
 def write(directory: Path) -> None:
     """Writes results.md, report.html and figures/ for the runs below `directory`.
 
-    Several runs are also collected in results.json, which alone is enough to write the report again.
+    Where `directory` is not itself a run, its runs are also collected in results.json, from which alone the report can
+    be written again.
     """
     directory = Path(directory)
     runs = collect(directory)
@@ -76,17 +77,19 @@ def write(directory: Path) -> None:
     for run in runs:
         suite = suites.setdefault(run["variant"], Suite(run["variant"]))
         suite.runs[run["method"]][run["seed"]] = run
-    if len(runs) > 1:
-        shown = {(suite.variant, seed) for suite in suites.values() for seed in [suite.first["seed"]]}
+    top = directory / "results.json"
+    own = json.loads(top.read_text()) if top.exists() else {}
+    if "method" not in own:
+        shown = {(suite.variant, suite.first["seed"]) for suite in suites.values()}
         # samples carry images; the page shows those of one seed
         kept = [run if (run["variant"], run["seed"]) in shown else run | {"samples": []} for run in runs]
-        (directory / "results.json").write_text(json.dumps({"runs": kept}))
+        top.write_text(json.dumps({"runs": kept}))
     sections = {suite.variant: document(suite) for suite in suites.values()}
     folder = directory / "figures"
     folder.mkdir(exist_ok=True)
     for picture in (block for blocks in sections.values() for block in blocks if isinstance(block, Picture)):
         (folder / f"{picture.name}.svg").write_text(picture.svg)
-    title = runs[0]["name"] if len(runs) == 1 else directory.resolve().name
+    title = own.get("name", directory.resolve().name)
     (directory / "results.md").write_text(page.markdown(title, _origin(runs), sections))
     appendix = {suite.variant: [samples(suite), configs(suite)] for suite in suites.values()}
     both = {variant: blocks + appendix[variant] for variant, blocks in sections.items()}

@@ -275,6 +275,7 @@ def test_a_saved_processor_reads_the_same_rows(processor, tmp_path):
     cfg = DataConfig(path=str(EXAMPLES / "video.jsonl"), test_rows=2)
     want, got = (FileTask("video", cfg, p).prompt(0) for p in (processor, PilProcessor.from_pretrained(tmp_path)))
     assert want.input_ids == got.input_ids
+    assert FileTask("video", cfg, load_processor(tmp_path)).prompt(0).input_ids == want.input_ids
     assert torch.equal(want.media["pixel_values_videos"], got.media["pixel_values_videos"])
     saved = json.loads((tmp_path / "processor_config.json").read_text())
     assert saved["processor_class"] == "Qwen3VLProcessor"
@@ -284,7 +285,7 @@ def test_a_saved_processor_reads_the_same_rows(processor, tmp_path):
 def test_a_checkpoint_without_image_processor_gives_its_tokenizer(processor, tmp_path):
     build_tiny(ModelConfig(hidden_size=32, layers=1, vision_layers=1), seed=0).save_pretrained(tmp_path)
     processor.tokenizer.save_pretrained(tmp_path)
-    assert isinstance(load_processor(str(tmp_path)), type(AutoTokenizer.from_pretrained(tmp_path)))
+    assert isinstance(load_processor(tmp_path), type(AutoTokenizer.from_pretrained(tmp_path)))
 
 
 def test_the_examples_train_from_a_saved_checkpoint(processor, tmp_path, monkeypatch):

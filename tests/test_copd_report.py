@@ -162,6 +162,16 @@ def test_a_single_run_is_reported_in_its_own_folder(tmp_path, method):
     assert (tmp_path / "report.html").is_file()
 
 
+def test_a_run_keeps_its_results_when_its_experts_lie_below_it(tmp_path):
+    student = make("mopd")
+    (tmp_path / "results.json").write_text(json.dumps(student))
+    report.write(save(tmp_path, make("independent") | {"method": "expert", "name": "experts"}))
+    assert json.loads((tmp_path / "results.json").read_text()) == student
+    text = (tmp_path / "results.md").read_text()
+    assert text.startswith("# mopd-seed0\n")
+    assert cells(text, "MOPD")[-2:] == ["**88.0**", "2,400"]
+
+
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_any_number_of_branches_is_reported(tmp_path, count):
     domains = ["text", "image", "video", "code", "speech"][:count]
