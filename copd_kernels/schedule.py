@@ -75,7 +75,7 @@ class Projection:
 
 
 def operand_dtype(hidden: Tensor, logits_dtype: torch.dtype) -> torch.dtype:
-    """cuBLAS multiplies 16-bit operands into fp32; CPU GEMMs round to the operands' dtype, so there they are widened."""
+    """cuBLAS multiplies 16-bit operands into fp32; CPU GEMMs would round, so there operands are widened."""
     narrow = hidden.dtype in (torch.float16, torch.bfloat16) and logits_dtype == torch.float32
     return hidden.dtype if narrow and hidden.device.type == "cuda" else logits_dtype
 

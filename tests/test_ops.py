@@ -7,8 +7,7 @@ import pytest
 import torch
 from kernel_cases import DIVERGENCES, cast, gradients, make, relative
 
-from copd_kernels import Head, agreement, kl, logprob, mutual_kl
-from copd_kernels import schedule
+from copd_kernels import Head, agreement, kl, logprob, mutual_kl, schedule
 from copd_kernels.agreement import agreement_op
 from copd_kernels.flatten import flatten, scale
 from copd_kernels.kl import kl_op

@@ -101,7 +101,7 @@ def top_difference(student: Side, teacher: Side) -> Tensor:
 
 
 def log_mix(r: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """log(p / m) and log(q / m) for r = log(p / q) and m = beta q + (1 - beta) p; exact for r -> 0, finite throughout."""
+    """log(p / m) and log(q / m) for r = log(p / q) and m = beta q + (1 - beta) p; exact near 0, finite throughout."""
     r = r.nan_to_num(nan=0.0, posinf=FAR, neginf=-FAR)
     share = torch.where(r < 0, r.new_full((), 1 - beta), r.new_full((), beta))
     mix = torch.expm1(-r.abs()).mul_(share).log1p_()

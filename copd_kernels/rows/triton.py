@@ -28,7 +28,7 @@ MAX_TEACHERS = 12
 
 @triton.jit
 def _fold(x, delta, cols, m, top, tail, offset, moment):
-    """Adds a tile to running statistics: x (P, B) logits, delta (P, B) what the moment is of; P may broadcast from 1."""
+    """Adds a tile to running statistics: x (P, B) logits, delta (P, B) what the moment is of; P may be 1."""
     tile_m = tl.max(x, 1)
     tile_top = tl.min(tl.where(x == tile_m[:, None], cols[None, :], 2147483647), 1)
     is_top = cols[None, :] == tile_top[:, None]

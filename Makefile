@@ -1,0 +1,31 @@
+# `make demo` and `make test` do all their own set-up in .venv.
+PYTHON ?= python3
+# one exact version, so that pip takes a build that is already on disk
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+
+.PHONY: setup demo test lint bench clean
+
+setup: .venv/ready
+
+.venv/ready: setup.py pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --disable-pip-version-check $(TORCH)
+	$(BIN)/pip install -q --disable-pip-version-check -e '.[train,test]'
+	touch $@
+
+demo: setup
+	$(BIN)/python -m copd.study --config configs/demo.yaml
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+test: lint
+	$(BIN)/python -m pytest -q -n 2
+
+bench: setup
+	$(BIN)/python -m bench.compare --rounds 1 --N 1024 --V 32768 --D 256
+
+clean:
+	rm -rf .venv build *.egg-info
