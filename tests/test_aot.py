@@ -1,4 +1,4 @@
-"""Every Triton kernel, compiled for the GPUs it is meant for at its real tile sizes, without a GPU and without spills."""
+"""Every Triton kernel compiled for its GPUs at its real tile sizes, without a GPU and without a spilled byte."""
 
 import os
 import re
