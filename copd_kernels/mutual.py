@@ -70,12 +70,11 @@ def mutual_op(
     for student, its_edges in lessons.items():
         flags = want[3 * student : 3 * student + 3]
         if any(flags):
-            scope = weight[its_edges]
+            scope = torch.stack([weight[e] for e in its_edges])
             gradients[student] = Gradients(heads[student], lm_head[student].shape[0], flags, scope)
     # every head's logits are still needed after its own gradient: dlogits have their own memory
-    narrow = (hidden[0].dtype if hidden[0].is_cuda else dtype) if gradients else None
-    space = Workspace(N, len(heads), heads[0].V, weight, workspace_bytes, narrow)
-    edge_sum = weight.new_zeros(len(pairs))
+    space = Workspace(N, len(heads), heads[0].V, weight, workspace_bytes, dtype if gradients else None)
+    sums = [weight.new_zeros(()) for _ in pairs]
 
     for chunk in space.chunks:
         u = token_weight[chunk]
@@ -87,13 +86,14 @@ def mutual_op(
             call = (z, student, [pairs[e][1] for e in its_edges], divergence, beta)
             if student in gradients:
                 mine = gradients[student]
-                dlogits = space.dlogits(u.shape[0])
-                factor = weight[its_edges][:, chunk] * mine.factor
+                dlogits = space.dlogits(u.shape[0], mine.dlogits_dtype)
+                factor = torch.stack([weight[e, chunk] for e in its_edges]) * mine.factor
                 value = rows.kl(*call, factor, heads[student].cap, dlogits)
                 mine.add(dlogits, inputs[student], chunk)
             else:
                 value = rows.kl(*call)
-            edge_sum[its_edges] += torch.where(u == 0, 0, u * value).sum(1)
+            for e, kl in zip(its_edges, torch.where(u == 0, 0, u * value).sum(1), strict=True):
+                sums[e] = sums[e] + kl
 
     made: list[Tensor] = []
     for k in range(len(heads)):
@@ -101,6 +101,7 @@ def mutual_op(
             made += [*gradients[k].tensors(), gradients[k].unit]
         else:
             made += [*(weight.new_empty(0) for _ in range(3)), weight.new_ones(())]
+    edge_sum = torch.stack(sums)
     return (edge_weight.to(dtype) * edge_sum).sum(), edge_sum, made
 
 

@@ -172,16 +172,16 @@ class Workspace:
         self.chunks = chunks(N, budget // row_bytes)
         R = max((c.stop - c.start for c in self.chunks), default=0)
         self.z = torch.empty(heads * R * V, dtype=dtype, device=device)
-        self.narrow = torch.empty(R * V, dtype=dlogits_dtype, device=device) if dlogits_dtype else None
+        self.separate = torch.empty(R * V, dtype=dlogits_dtype, device=device) if dlogits_dtype else None
 
     def logits(self, R: int) -> Tensor:
         """(H, R, V)"""
         return self.z[: self.heads * R * self.V].view(self.heads, R, self.V)
 
-    def dlogits(self, R: int) -> Tensor:
-        """(R, V): its own memory, or the first head's logits."""
-        own = self.z if self.narrow is None else self.narrow
-        return own[: R * self.V].view(R, self.V)
+    def dlogits(self, R: int, dtype: torch.dtype | None = None) -> Tensor:
+        """(R, V): its own memory, or the first head's logits; read as `dtype`, where that is narrower."""
+        own = self.z if self.separate is None else self.separate
+        return (own if dtype is None else own.view(dtype))[: R * self.V].view(R, self.V)
 
 
 def chunks(N: int, most: int) -> list[slice]:

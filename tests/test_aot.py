@@ -22,7 +22,7 @@ from copd_kernels.rows import triton as rows
 
 IDS = {"token_ptr": "*i64", "top_ptr": "*i64", "room_ptr": "*i64", "t_room_ptr": "*i64", "common_ptr": "*i32"}
 PIECE_IDS = {"top_ptr": "*i32", "t_top_ptr": "*i32"}
-NUMBERS = dict.fromkeys(("R", "V", "student", "tiles_per_split"), "i32") | {"beta": "fp32", "cap": "fp32"}
+NUMBERS = dict.fromkeys(("R", "V", "student", "tiles_per_split"), "i32")
 arch, folder = int(sys.argv[1]), Path(sys.argv[2])
 teachers = [{"T": T, "TP": triton.next_power_of_2(T)} for T in (1, 3, 4)]
 directions = [(r, f) for r in (False, True) for f in (False, True)]

@@ -17,12 +17,6 @@ from copd_kernels.mutual import mutual_op
 N, D, V = 12, 8, 50
 
 
-@pytest.fixture(autouse=True)
-def defined_memory():
-    # opcheck compares gradients nobody asked for, which stay empty tensors
-    torch._dynamo.reset()
-
-
 @pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("routed", [False, True])
 def test_opcheck_passes_for_kl(routed, per_token):
@@ -163,16 +157,16 @@ def test_peak_memory_is_the_workspace_whatever_the_number_of_tokens(op):
     assert grown < 80, f"{grown:.0f} MiB"
 
 
+def widened_addmm(out, a, b, *, alpha=1.0, accumulate=False):
+    torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=int(accumulate), alpha=alpha, out=out)
+
+
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_sixteen_bit_dlogits_keep_the_gradient(backend, dtype, divergence, monkeypatch):
     """CUDA hands the GEMM 16-bit dlogits; here the same path runs with the product widened."""
-
-    def addmm(out, a, b, *, alpha=1.0, accumulate=False):
-        torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=int(accumulate), alpha=alpha, out=out)
-
-    monkeypatch.setattr(schedule, "addmm", addmm)
+    monkeypatch.setattr(schedule, "addmm", widened_addmm)
     monkeypatch.setattr("copd_kernels.flatten.operand_dtype", lambda hidden, _: hidden.dtype)
     student = make(64, 64, 1000, dtype)
     teacher = make(64, 64, 1000, dtype, like=student, noise=0.05)
@@ -187,6 +181,18 @@ def test_sixteen_bit_dlogits_keep_the_gradient(backend, dtype, divergence, monke
         got = gradients(got, student, torch.tensor(1 / weight))
         errors = {name: relative(g, want[name] / weight) for name, g in got.items()}
         assert max(errors.values()) <= gate, errors
+
+
+def test_heads_of_different_dtypes_teach_each_other_in_their_own(monkeypatch):
+    heads = [make(64, 16, 200, torch.bfloat16), make(64, 24, 200), make(64, 16, 200, torch.float16)]
+    exact = [cast(h, torch.float64) for h in heads]
+    want = mutual_kl(exact, backend="reference").loss
+    monkeypatch.setattr(schedule, "addmm", widened_addmm)
+    monkeypatch.setattr("copd_kernels.flatten.operand_dtype", lambda hidden, _: hidden.dtype)
+    got = mutual_kl(heads).loss
+    for head, e in zip(heads, exact, strict=True):
+        wanted = gradients(want, e)
+        assert all(relative(g, wanted[name]) < 5e-3 for name, g in gradients(got, head).items())
 
 
 @pytest.mark.gpu

@@ -15,7 +15,7 @@ from torch import Tensor
 from copd_kernels.rows.stats import FAR, Side, entropy, kl_from, kl_gradient, log_mix
 
 # one block of rows of one array: what a CPU's cache holds several of; on a GPU, enough to fill it
-BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 27}
+BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 25}
 
 
 def blocks(z: Tensor, arrays: int) -> Iterator[tuple[slice, list[Tensor]]]:

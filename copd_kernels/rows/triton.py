@@ -150,6 +150,7 @@ def _jsd_sums_kernel(
     t_inv_ptr,  # (T, R)
     gap_ptr,  # (T, R) log(1 + tail) of the student less the teacher's
     u_top_ptr,  # (T, R)
+    beta_ptr,  # (1,)
     to_teacher_ptr,  # (T, R, S) sum of q log(q / m)
     to_student_ptr,  # (T, R, S) sum of p log(p / m)
     moment_ptr,  # (T, R, S) sum of p (u - u_top)
@@ -158,7 +159,6 @@ def _jsd_sums_kernel(
     stride_head,
     student,
     heads,
-    beta,
     tiles_per_split,
     T: tl.constexpr,
     TP: tl.constexpr,
@@ -187,7 +187,7 @@ def _jsd_sums_kernel(
         inside = cols < V
         s = tl.load(s_ptr + cols, mask=inside, other=float("-inf"))[None, :]
         t = tl.load(t_ptr[:, None] + cols[None, :], mask=inside[None, :], other=float("-inf"))
-        u, w = _log_mix(s, t, s_max, t_max, gap, beta)
+        u, w = _log_mix(s, t, s_max, t_max, gap, tl.load(beta_ptr))
         p = tl.exp(s - s_max) * inv
         to_teacher += tl.sum(tl.exp(t - t_max) * t_inv * w, 1)
         to_student += tl.sum(p * u, 1)
@@ -199,9 +199,10 @@ def _jsd_sums_kernel(
 
 
 @triton.jit
-def _store_dlogits(ptr, g, z, cap, inside, HAS_CAP: tl.constexpr):
+def _store_dlogits(ptr, g, z, cap_ptr, inside, HAS_CAP: tl.constexpr):
     """Through the softcap, into the GEMM's dtype; fp16 saturates rather than overflow."""
     if HAS_CAP:
+        cap = tl.load(cap_ptr)
         g = g * (1 - (z / cap) * (z / cap))
     if ptr.dtype.element_ty == tl.float16:
         g = tl.minimum(tl.maximum(g, -65504.0), 65504.0)
@@ -222,13 +223,13 @@ def _kl_grad_kernel(
     t_max_ptr,  # (T, R)
     t_weight_ptr,  # (T, R) weight / (1 + tail) of the teacher's own probability
     gap_ptr,  # (T, R) as in _jsd_sums_kernel
+    beta_ptr,  # (1,)
+    cap_ptr,  # (1,)
     R,
     V,
     stride_head,
     student,
     heads,
-    beta,
-    cap,
     tiles_per_split,
     REVERSE: tl.constexpr,
     FORWARD: tl.constexpr,
@@ -264,13 +265,13 @@ def _kl_grad_kernel(
             x = s[None, :] - t - offset
             g += p * tl.sum(tl.where((weight == 0) | (p == 0)[None, :], 0.0, weight * x), 0)
         elif not FORWARD:
-            u, _ = _log_mix(s[None, :], t, s_max, t_max, gap, beta)
+            u, _ = _log_mix(s[None, :], t, s_max, t_max, gap, tl.load(beta_ptr))
             g += p * tl.sum(weight * (u - offset), 0)
         if FORWARD:
             q = t_weight * tl.exp(t - t_max)
             g -= tl.sum(tl.where(t_weight == 0, 0.0, q), 0)
         g = tl.where(cols == top, at_top, g)
-        _store_dlogits(dlogits_ptr + row * V + cols, g, s, cap, inside, HAS_CAP)
+        _store_dlogits(dlogits_ptr + row * V + cols, g, s, cap_ptr, inside, HAS_CAP)
 
 
 @triton.jit
@@ -313,8 +314,8 @@ def _logprob_grad_kernel(
     dentropy_ptr,  # (R,)
     dlse_ptr,  # (R,)
     at_top_ptr,  # (R,)
+    cap_ptr,  # (1,)
     V,
-    cap,
     tiles_per_split,
     HAS_CAP: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -334,7 +335,7 @@ def _logprob_grad_kernel(
         g = p * (dlse - dlogp - dentropy * tl.where(p > 0, x - mean, 0.0))
         g += tl.where(cols == token, dlogp, 0.0)
         g = tl.where(cols == top, at_top, g)
-        _store_dlogits(dlogits_ptr + row * V + cols, g, z, cap, inside, HAS_CAP)
+        _store_dlogits(dlogits_ptr + row * V + cols, g, z, cap_ptr, inside, HAS_CAP)
 
 
 @triton.jit
@@ -422,8 +423,8 @@ def logprob_grad(
         dentropy.contiguous(),
         dlse.contiguous(),
         at_top,
+        number(z, cap),
         V,
-        cap or 0.0,
         tiles,
         HAS_CAP=cap is not None,
         BLOCK=BLOCK,
@@ -453,8 +454,7 @@ def kl(
     t_top = torch.empty(T, R, S, dtype=torch.int32, device=z.device)
     _kl_stats_kernel[(R, S)](z, m, top, tail, moment, t_m, t_top, t_tail, t_moment, *place, tiles, **shape)
     top, t_top = ids(top, V), ids(t_top, V)
-    others = z[teachers[0] : teachers[-1] + 1] if contiguous(teachers) else z[teachers]
-    cross = others.gather(2, top.expand(T, R, S))
+    cross = torch.stack([z[j].gather(1, top) for j in teachers])
     t_cross = z[student].expand(T, R, V).gather(2, t_top)
     s = merge(Side(m, top, tail, cross, moment))
     t = merge(Side(t_m, t_top, t_tail, t_cross, t_moment))
@@ -464,7 +464,7 @@ def kl(
         offset, _ = log_mix(-(s.cross - t.max) - gap, beta)
         sums = z.new_empty(3, T, R, S)
         _jsd_sums_kernel[(R, S)](
-            z, s.max, s.top, s.p_top, t.max, t.p_top, gap, offset, *sums, *place, beta, tiles, **shape
+            z, s.max, s.top, s.p_top, t.max, t.p_top, gap, offset, number(z, beta), *sums, *place, tiles, **shape
         )
         to_teacher, to_student, moment = sums.sum(-1)
         value = beta * to_teacher + (1 - beta) * to_student
@@ -493,9 +493,9 @@ def kl(
         t.max,
         weight * t.p_top,
         gap,
+        number(z, beta),
+        number(z, cap),
         *place,
-        beta,
-        cap or 0.0,
         tiles,
         REVERSE=divergence in ("reverse", "symmetric"),
         FORWARD=divergence in ("forward", "symmetric"),
@@ -533,13 +533,14 @@ def pieces(R: int, V: int, T: int) -> tuple[int, int, int]:
     return BLOCK, triton.cdiv(tiles, per_split), per_split
 
 
+def number(z: Tensor, value: float | None) -> Tensor:
+    """A number as the kernels read it: in z's dtype, where an argument would be rounded to fp32."""
+    return z.new_full((1,), value or 0.0)
+
+
 def ids(top: Tensor, V: int) -> Tensor:
     """int64 ids; a row of NaN has no top token, and any valid id will do."""
     return top.to(torch.int64).clamp_(0, V - 1)
-
-
-def contiguous(heads: list[int]) -> bool:
-    return heads == list(range(heads[0], heads[0] + len(heads)))
 
 
 def packed(heads: list[int]) -> int:
