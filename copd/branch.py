@@ -204,7 +204,9 @@ class Branch:
                         totals[name] = totals.get(name, 0.0) + value
                 grad_norm = nn.utils.clip_grad_norm_(self.master, self.cfg.optim.max_grad_norm)
                 if not torch.isfinite(grad_norm):
-                    raise NonFiniteLoss(f"update: gradient of branch {self.name!r} must be finite; got {grad_norm}", batches[-1])
+                    raise NonFiniteLoss(
+                        f"update: gradient of branch {self.name!r} must be finite; got {grad_norm}", batches[-1]
+                    )
                 self.optimizer.step()
                 self.optimizer.zero_grad()
                 self._publish()
@@ -246,7 +248,9 @@ class Branch:
                 parts |= clipped if batch.teacher is None else {}
             parts[f"loss/{kind}"] = beta * loss.detach()
             if not torch.isfinite(loss.detach()):
-                raise NonFiniteLoss(f"update: loss of branch {self.name!r} must be finite; got {loss.item()} from {batch}", batch)
+                raise NonFiniteLoss(
+                    f"update: loss of branch {self.name!r} must be finite; got {loss.item()} from {batch}", batch
+                )
             (beta * loss).backward()
             self._collect()
             for name, value in parts.items():
@@ -282,7 +286,10 @@ class Branch:
                 teacher = batch.teacher.head(micro, self.device)
                 student = replace(head, hidden=head.hidden[:n])
                 seen = agreement(
-                    student, [replace(teacher, hidden=teacher.hidden[:n])], k=cfg.eval.top_k, temperature=cfg.rollout.temperature
+                    student,
+                    [replace(teacher, hidden=teacher.hidden[:n])],
+                    k=cfg.eval.top_k,
+                    temperature=cfg.rollout.temperature,
                 )
                 logp = logprob(student, tokens[:n], temperature=cfg.rollout.temperature).logp
                 deltas.append(batch.teacher.logp[micro][:n].to(logp.device) - logp)

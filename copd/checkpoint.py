@@ -14,7 +14,17 @@ from copd.branch import Branch
 from copd.config import Config, digest, dump
 
 # settings that may change between a run and its continuation
-FREE = ("name", "output_dir", "variant", "device", "threads", "resume", "report_to", "checkpoint_every", "keep_checkpoints")
+FREE = (
+    "name",
+    "output_dir",
+    "variant",
+    "device",
+    "threads",
+    "resume",
+    "report_to",
+    "checkpoint_every",
+    "keep_checkpoints",
+)
 
 
 def identity(cfg: Config) -> str:

@@ -217,8 +217,8 @@ class Config:
     variant: str = ""
     """suite the run belongs to in a study; runs of one variant are compared"""
     method: Method = "copd"
-    """`copd`; `independent`: the same branches without distillation, then merged; `expert`: those, unmerged; `mixed`: one
-    model, all domains; `mopd`: one student of frozen experts"""
+    """`copd`; `independent`: the same branches without distillation, merged at the end; `expert`: those, unmerged;
+    `mixed`: one model, all domains; `mopd`: one student of frozen experts"""
     seed: int = 0
     """seed of model, data order and sampling"""
     device: str = "auto"
@@ -322,7 +322,9 @@ def dump(cfg: Config) -> str:
 
 def digest(*parts: Any) -> str:
     """Twelve hex digits that name any JSON-like or dataclass values."""
-    text = json.dumps([asdict(part) if hasattr(part, "__dataclass_fields__") else part for part in parts], sort_keys=True)
+    text = json.dumps(
+        [asdict(part) if hasattr(part, "__dataclass_fields__") else part for part in parts], sort_keys=True
+    )
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from copd.config import OPDConfig
-from copd_kernels import Head, agreement, kl
+from copd_kernels import Head, kl
 
 
 @dataclass
@@ -47,14 +47,3 @@ def divergence_loss(student: Head, teacher: Head, weight: Tensor, temperature: f
         token_weight=weight,
         reduction="sum",
     )
-
-
-def closeness(student: Head, teacher: Head, temperature: float, k: int) -> dict[str, Tensor]:
-    """Mean top-k overlap and KLs over the tokens of two heads; each a sum, with the count to divide by."""
-    seen = agreement(student, teacher, k=k, temperature=temperature)
-    return {
-        "overlap": seen.overlap.sum(),
-        "forward_kl": seen.forward_kl.sum(),
-        "reverse_kl": seen.reverse_kl.sum(),
-        "tokens": torch.tensor(float(seen.overlap.numel())),
-    }

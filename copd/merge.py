@@ -1,10 +1,10 @@
 """Merging: one model from the base and its branches, by arithmetic on their weights.
 
-    mean, weighted     θ* = Σ_k w_k θ_k,  Σ w = 1
-    task_arithmetic    θ* = θ_0 + λ Σ_k w_k τ_k,  τ_k = θ_k − θ_0                        (arXiv 2212.04089)
-    ties               θ* = θ_0 + λ · elect(trim(w_k τ_k)): each τ keeps its largest share `density`; at each weight
-                       the sign with the larger total mass wins, and the values of that sign are averaged
-                                                                                        (arXiv 2306.01708)
+mean, weighted     θ* = Σ_k w_k θ_k,  Σ w = 1
+task_arithmetic    θ* = θ_0 + λ Σ_k w_k τ_k,  τ_k = θ_k − θ_0                        (arXiv 2212.04089)
+ties               θ* = θ_0 + λ · elect(trim(w_k τ_k)): each τ keeps its largest share `density`; at each weight
+                   the sign with the larger total mass wins, and the values of that sign are averaged
+                                                                                    (arXiv 2306.01708)
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def merge(base: State, branches: dict[str, State], cfg: MergeConfig) -> State:
         for key, value in state.items():
             if value.shape != base[key].shape:
                 raise ValueError(
-                    f"merge: {key} of branch {name!r} must have shape {tuple(base[key].shape)}; got {tuple(value.shape)}"
+                    f"merge: {key} of {name!r} must have shape {tuple(base[key].shape)}; got {tuple(value.shape)}"
                 )
     weights = torch.tensor([cfg.weights.get(name, 1.0) if cfg.method != "mean" else 1.0 for name in branches])
     if cfg.method in ("mean", "weighted"):
@@ -38,7 +38,9 @@ def merge(base: State, branches: dict[str, State], cfg: MergeConfig) -> State:
             raise ValueError(f"merge: weights must have a positive sum; got {weights.tolist()}")
         weights = weights / weights.sum()
     return {
-        key: _merge(start, [state[key] for state in branches.values()], weights, cfg) if start.is_floating_point() else start
+        key: _merge(start, [state[key] for state in branches.values()], weights, cfg)
+        if start.is_floating_point()
+        else start
         for key, start in base.items()
     }
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,14 +19,13 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    AutoProcessor,
-    AutoTokenizer,
     PreTrainedModel,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
 
 from copd.config import ModelConfig
+from copd.processor import load_processor
 from copd.tasks import Prompt, vocabulary
 
 MEDIA = (("pixel_values", "image_grid_thw", 1), ("pixel_values_videos", "video_grid_thw", 2))
@@ -83,18 +83,37 @@ def load(cfg: ModelConfig, seed: int, device: torch.device) -> tuple[PreTrainedM
     """The base model, fp32, and its processor (a tokenizer for a text-only model)."""
     if cfg.path is None:
         return build_tiny(cfg, seed).to(device), vocabulary.tokenizer()
-    config = AutoConfig.from_pretrained(cfg.path)
-    multimodal = hasattr(config, "vision_config")
     attention = cfg.attention
     if attention is None:
         flash = device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
         attention = "flash_attention_2" if flash else "sdpa"
-    if cfg.liger and device.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None:
-        apply_liger(config.model_type)
+    liger = cfg.liger and device.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None
+    if liger:
+        apply_liger(AutoConfig.from_pretrained(cfg.path).model_type)
+    model, processor = load_saved(cfg.path, attn_implementation=attention)
+    return model.to(device), processor
+
+
+def load_saved(path: str | Path, **options: Any) -> tuple[PreTrainedModel, Any]:
+    """What `save_pretrained` wrote, model in fp32 and processor, whatever its class."""
+    multimodal = hasattr(AutoConfig.from_pretrained(path), "vision_config")
     auto = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
-    model = auto.from_pretrained(cfg.path, dtype=torch.float32, attn_implementation=attention).to(device)
-    processor = (AutoProcessor if multimodal else AutoTokenizer).from_pretrained(cfg.path)
-    return model, processor
+    return auto.from_pretrained(path, dtype=torch.float32, **options), load_processor(str(path))
+
+
+def load_like(folder: Path, base: PreTrainedModel, processor: Any) -> PreTrainedModel:
+    """The model in `folder`. Raises `ValueError` where its tokenizer or vocabulary is not the base's."""
+    model, own = load_saved(folder)
+    if vocabulary_of(own) != vocabulary_of(processor):
+        raise ValueError(f"branch: tokenizer of {folder} must be the base's; got another vocabulary")
+    rows, base_rows = (m.get_output_embeddings().weight.shape[0] for m in (model, base))
+    if rows != base_rows:
+        raise ValueError(f"branch: vocabulary of {folder} must have the base's {base_rows} rows; got {rows}")
+    return model
+
+
+def vocabulary_of(processor: Any) -> dict[str, int]:
+    return getattr(processor, "tokenizer", processor).get_vocab()
 
 
 def apply_liger(model_type: str) -> None:
@@ -168,7 +187,7 @@ def collate(model: PreTrainedModel, prompts: list[Prompt], pad: int, device: tor
 
 
 def extend(prompts: Sequences, completions: Tensor, mask: Tensor) -> Sequences:
-    """Prompts followed by `completions` (P * G, C) with `mask` (P * G, C); positions count on from the prompt's last."""
+    """Prompts followed by `completions` (P * G, C) with `mask` (P * G, C); positions count on from the prompt."""
     samples = completions.shape[0] // len(prompts.prompts)
     steps = torch.arange(1, completions.shape[1] + 1, device=completions.device)
     last = prompts.position_ids.amax(dim=(0, 2))  # (P,)

@@ -1,8 +1,8 @@
 """RLVR by GRPO: rewards to group advantages, advantages and log-probs to the clipped loss.
 
-    Â_i  = (r_i − mean(r_1..r_G)) / (std(r_1..r_G) + eps)
-    ρ_it = exp(logp_it − logp_old_it)
-    loss = −Σ_it w_it min(ρ_it Â_it, clip(ρ_it, 1 − ε_low, 1 + ε_high) Â_it)
+Â_i  = (r_i − mean(r_1..r_G)) / (std(r_1..r_G) + eps)
+ρ_it = exp(logp_it − logp_old_it)
+loss = −Σ_it w_it min(ρ_it Â_it, clip(ρ_it, 1 − ε_low, 1 + ε_high) Â_it)
 """
 
 from __future__ import annotations

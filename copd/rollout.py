@@ -48,10 +48,7 @@ def rewards(task: Task, rollout: Rollout) -> Tensor:
     texts = completions(task, rollout)
     values = task.reward(prompts, texts)
     if len(values) != len(texts):
-        raise ValueError(
-            f"reward: {task.name!r} must return one value a completion ({len(texts)}); "
-            f"got {len(values)}"
-        )
+        raise ValueError(f"reward: {task.name!r} must return one value a completion ({len(texts)}); got {len(values)}")
     return torch.tensor(values, dtype=torch.float32).view(-1, samples)
 
 

@@ -1,6 +1,6 @@
 """Trains one run, start to end: base, branches, the loop, evaluation, merge, results.
 
-    python -m copd.train --config configs/smoke.yaml [key=value ...] [--dry-run]
+python -m copd.train --config configs/smoke.yaml [key=value ...] [--dry-run]
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import signal
 import sys
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from copd import checkpoint, config, evaluate, topology
 from copd.branch import Branch, NonFiniteLoss
@@ -26,7 +27,7 @@ from copd.coevolve import Plan, coevolve
 from copd.config import BranchConfig, Config
 from copd.log import Log, memory_mib
 from copd.merge import merge
-from copd.model import load
+from copd.model import load, load_like
 from copd.tasks import Task
 from copd.tasks.arithmetic import Arithmetic
 from copd.tasks.count import Count
@@ -220,20 +221,7 @@ class Run:
 def spans(phases: list[str]) -> list[list[Any]]:
     """Runs of equal phases as [phase, first step, end]."""
     cuts = [0, *(i for i in range(1, len(phases)) if phases[i] != phases[i - 1]), len(phases)]
-    return [[phases[a], a, b] for a, b in zip(cuts, cuts[1:], strict=False) if a < b]
-
-
-def load_like(folder: Path, base: PreTrainedModel, processor: Any) -> PreTrainedModel:
-    """The model in `folder`. Raises `ValueError` where its tokenizer or vocabulary is not the base's."""
-    auto = AutoModelForImageTextToText if hasattr(base.config, "vision_config") else AutoModelForCausalLM
-    model = auto.from_pretrained(folder, dtype=torch.float32)
-    words = getattr(processor, "tokenizer", processor).get_vocab()
-    if AutoTokenizer.from_pretrained(folder).get_vocab() != words:
-        raise ValueError(f"branch: tokenizer of {folder} must be the base's; got another vocabulary")
-    rows, base_rows = (m.get_output_embeddings().weight.shape[0] for m in (model, base))
-    if rows != base_rows:
-        raise ValueError(f"branch: vocabulary of {folder} must have the base's {base_rows} rows; got {rows}")
-    return model
+    return [[phases[a], a, b] for a, b in pairwise(cuts) if a < b]
 
 
 def _interrupt(interrupted: list[bool]) -> None:

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers import PreTrainedModel
 
 from copd.config import Config, digest
-from copd.model import collate, extend, hidden_states
+from copd.model import collate, extend, hidden_states, load_saved
 from copd.rollout import generate, rewards, seed_of, special_tokens
 from copd.tasks import Task
 from copd_kernels import Head, logprob
@@ -30,7 +30,9 @@ def warm_start(model: PreTrainedModel, processor: Any, tasks: list[Task], cfg: C
     """The warm-started base, from the cache where it has been made before."""
     if cfg.warmstart.clean_steps == 0:
         return model
-    key = digest(cfg.model, cfg.warmstart, {name: [b.task, dict(b.options)] for name, b in cfg.branches.items()}, cfg.seed)
+    key = digest(
+        cfg.model, cfg.warmstart, {name: [b.task, dict(b.options)] for name, b in cfg.branches.items()}, cfg.seed
+    )
     cached = Path(cfg.warmstart.cache_dir) / key
     if not cached.exists():
         _train(model, processor, tasks, cfg)
@@ -43,7 +45,7 @@ def warm_start(model: PreTrainedModel, processor: Any, tasks: list[Task], cfg: C
         except OSError:
             shutil.rmtree(scratch)
     device = model.get_input_embeddings().weight.device
-    return AutoModelForImageTextToText.from_pretrained(cached, dtype=torch.float32).to(device)
+    return load_saved(cached)[0].to(device)
 
 
 def _train(model: PreTrainedModel, processor: Any, tasks: list[Task], cfg: Config) -> None:
@@ -90,7 +92,9 @@ def _imitation_loss(
     indices = rng.integers(task.size("train"), size=size).tolist()
     answers = [task.solution(index, rng, careful) for index in indices]
     if any(answer is None for answer in answers):
-        raise ValueError(f"warm start: task {task.name!r} must offer worked solutions; got None; set warmstart.clean_steps=0")
+        raise ValueError(
+            f"warm start: task {task.name!r} must offer worked solutions; got None; set warmstart.clean_steps=0"
+        )
     device = model.get_input_embeddings().weight.device
     width = max(map(len, answers))
     tokens = torch.tensor([answer + [pad] * (width - len(answer)) for answer in answers], device=device)

@@ -6,9 +6,9 @@ applies each step's *other* rule (subtracts for +, counts the next colour, count
 independently at each step (`slip_unit: step`), which leaves a noisy skill that RL sharpens, or for the whole problem
 (`slip_unit: problem`), which for slip > 1/2 leaves a base whose most likely answer is wrong.
 
-With a `convention` the answer reads `v1 v2 ... plain answer v_n` or `... mirror answer 9 - v_n`, and only the domain's own
-convention is rewarded. The careless annotator takes the other one with probability `convention_slip`. Domains of opposite
-conventions conflict: what one learns to prefer is what the other must unlearn.
+With a `convention` the answer reads `v1 v2 ... plain answer v_n` or `... mirror answer 9 - v_n`, and only the domain's
+own convention is rewarded. The careless annotator takes the other one with probability `convention_slip`. Domains of
+opposite conventions conflict: what one learns to prefer is what the other must unlearn.
 """
 
 from __future__ import annotations
@@ -138,5 +138,3 @@ def patches(frames: np.ndarray) -> dict[str, Tensor]:
     pixels = torch.from_numpy(np.ascontiguousarray(rows, dtype=np.float32))
     names = ("pixel_values", "image_grid_thw") if still else ("pixel_values_videos", "video_grid_thw")
     return dict(zip(names, (pixels, torch.tensor([[t, h, w]])), strict=True))
-
-

@@ -10,7 +10,10 @@ from transformers import PreTrainedTokenizerFast
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 IMAGE, VIDEO, VISION_START, VISION_END = "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"
-LANGUAGE = "answer text image video + - = red green blue steps right left plain mirror".split()
+LANGUAGE = [
+    *("answer", "text", "image", "video", "+", "-", "="),
+    *("red", "green", "blue", "steps", "right", "left", "plain", "mirror"),
+]
 NUMBERS = [str(number) for number in range(100)]
 MEDIA = [IMAGE, VIDEO, VISION_START, VISION_END]
 SIZE = 256

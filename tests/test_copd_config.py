@@ -1,0 +1,155 @@
+"""Configs: files, overrides, errors, and the command line."""
+
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from copd_cases import make_config
+
+from copd import cli, config, study, topology, train
+from copd.model import load_saved
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+def test_a_config_survives_the_round_trip(tmp_path):
+    cfg = make_config(tmp_path, "opd.branch_beta.text=0.5", "branches.image.options.grid=2")
+    assert config.from_dict(config.to_dict(cfg)) == cfg
+
+
+def test_every_field_has_a_line_of_documentation():
+    source = Path(config.__file__).read_text().splitlines()
+    for cls in vars(config).values():
+        if is_dataclass(cls) and cls.__module__ == config.__name__ and cls is not config.Config:
+            for field in fields(cls):
+                (place,) = [i for i, line in enumerate(source) if line.startswith(f"    {field.name}: ")][:1] or [None]
+                assert source[place + 1].strip().startswith('"""'), f"{cls.__name__}.{field.name}"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rlvr.clip=1", "Key 'clip' not in 'RLVRConfig'"),
+        ("method=grpo", "Invalid value 'grpo', expected one of"),
+        ("optim.lr=fast", "could not be converted to Float"),
+        ("branches.text.data.file=x", "Key 'file' not in 'DataConfig'"),
+        ("hub=audio", r"hub must be one of the branches \['text', 'image'\]; got 'audio'"),
+        ("opd.branch_beta.audio=1", "opd.branch_beta must name branches"),
+        ("merge.weights.audio=1", "merge.weights must name branches"),
+        ("branches.audio.options.steps=1", "branches.audio.task must be set"),
+        ("rollout.samples=0", "rollout.samples must be at least 1; got 0"),
+        ("rollout.temperature=0", "rollout.temperature must be above 0; got 0.0"),
+        ("merge.density=0", r"merge.density must be in \(0, 1\]; got 0.0"),
+        ("cycles=-1", "cycles must be at least 0; got -1"),
+        ("cycles", "an override must have the form key=value; got 'cycles'"),
+    ],
+)
+def test_a_wrong_setting_is_an_error_that_names_it(tmp_path, override, message):
+    with pytest.raises(ValueError, match=f"^config: .*{message}"):
+        make_config(tmp_path, override)
+
+
+def test_a_run_without_branches_is_an_error():
+    with pytest.raises(ValueError, match="branches must name at least one domain; got none"):
+        config.load(None)
+
+
+@pytest.mark.parametrize("name", ["smoke", "qwen3_vl_4b"])
+def test_the_bundled_runs_load(name):
+    assert list(config.load(CONFIGS / f"{name}.yaml").branches) == ["text", "image", "video"]
+
+
+@pytest.mark.parametrize("name", ["demo", "study"])
+def test_the_bundled_studies_load(tmp_path, name):
+    plan = study.load(CONFIGS / f"{name}.yaml", [f"output_dir={tmp_path}"])
+    for variant in plan.variants:
+        for method in plan.methods:
+            path = study.write_config(plan, variant, 3, method)
+            cfg = config.load(path)
+            assert (cfg.method, cfg.seed, cfg.variant) == (method, 3, variant)
+
+
+def test_the_paper_is_the_default():
+    cfg = config.load(CONFIGS / "smoke.yaml")
+    paper = config.OPDConfig()
+    assert (paper.signal, paper.teacher, paper.native, paper.delta_clamp) == ("sampled", "live", True, None)
+    assert (cfg.rlvr.clip_low, cfg.rlvr.clip_high, cfg.rlvr.loss_aggregation) == (0.2, 0.28, "sequence")
+    assert (cfg.topology, cfg.merge.method, config.OptimConfig().lr) == ("hub", "mean", 1e-6)
+
+
+def test_the_hub_exchanges_with_every_spoke_and_spokes_with_the_hub_alone(tmp_path):
+    domains = ("text", "image", "video")
+    hub = topology.teachers(make_config(tmp_path, "hub=image", domains=domains))
+    assert hub == {"text": ["image"], "image": ["text", "video"], "video": ["image"]}
+    pairs = topology.teachers(make_config(tmp_path, "topology=all", domains=domains))
+    assert pairs["video"] == ["text", "image"]
+
+
+def test_a_dry_run_prints_the_resolved_config(capsys):
+    cli.main(["train", "--config", str(CONFIGS / "smoke.yaml"), "--dry-run", "optim.lr=0.5"])
+    assert "lr: 0.5" in capsys.readouterr().out
+
+
+def test_an_unknown_key_on_the_command_line_ends_with_a_message(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--config", str(CONFIGS / "smoke.yaml"), "lr=0.5"])
+    assert "Key 'lr' not in 'Config'" in capsys.readouterr().err
+
+
+def test_an_unknown_command_names_the_known_ones():
+    with pytest.raises(SystemExit, match="command must be one of train, study, eval, merge, report; got fit"):
+        cli.main(["fit"])
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("branches.text.task=audio", "branches.text.task must be one of arithmetic, count, motion, data; got 'audio'"),
+        ("branches.text.options.depth=3", "branches.text.options must be arguments of arithmetic"),
+    ],
+)
+def test_a_wrong_task_is_an_error_that_names_it(tmp_path, task, message):
+    cfg = make_config(tmp_path, task)
+    with pytest.raises(ValueError, match=message):
+        train.make_task("text", cfg.branches["text"], None)
+
+
+def test_eval_and_merge_work_on_saved_branches(tmp_path, capsys):
+    cfg = make_config(tmp_path, "method=expert")
+    train.run(cfg)
+    folders = [str(cfg.run_dir / f"branch-{name}") for name in ("text", "image")]
+    cli.main(["merge", *folders, "--out", str(tmp_path / "out")])
+    models = [load_saved(path)[0].state_dict() for path in (*folders, tmp_path / "out")]
+    for key, value in models[2].items():
+        torch.testing.assert_close(value, (models[0][key] + models[1][key]) / 2)
+    cli.main(["eval", str(tmp_path / "out"), "--config", str(cfg.run_dir / "config.yaml")])
+    assert capsys.readouterr().out.count("accuracy") == 2
+
+
+def test_merge_without_the_base_it_needs_ends_with_a_message(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["merge", "a", "b", "--out", str(tmp_path), "--method", "ties"])
+    assert "merge: base must be given for ties; got none" in capsys.readouterr().err
+
+
+def test_a_study_runs_each_method_in_its_process_and_continues(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(study, "launch", lambda path: calls.append(path.stem) or int(path.stem == "mixed-seed1"))
+    plan = study.Study(
+        output_dir=str(tmp_path),
+        seeds=[0, 1],
+        jobs=1,
+        common={"cycles": 1},
+        variants={"tiny": {"branches": {"text": {"task": "arithmetic"}}}},
+    )
+    failed = study.run(plan)
+    assert [path.stem for path in failed] == ["mixed-seed1"]
+    methods = ["independent", "copd", "mixed", "mopd"]
+    assert calls == [f"{method}-seed{seed}" for seed in (0, 1) for method in methods]
+
+
+def test_a_failed_first_run_takes_those_that_need_it_along(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "launch", lambda path: 1)
+    plan = study.Study(output_dir=str(tmp_path), variants={"tiny": {"branches": {"text": {"task": "arithmetic"}}}})
+    assert len(study.run(plan)) == 4

@@ -1,0 +1,186 @@
+"""Sampling, scoring and the losses built on them."""
+
+import math
+
+import pytest
+import torch
+from copd_cases import CPU, TASKS, make_branch, make_config
+
+from copd.config import OPDConfig, RLVRConfig
+from copd.distill import delta
+from copd.model import collate, extend, hidden_states
+from copd.rlvr import advantages, policy_loss, token_weights
+from copd.rollout import generate, seed_of, special_tokens
+from copd_kernels import logprob
+
+DOMAINS = pytest.mark.parametrize("domain", ["text", "image", "video"])
+
+
+def make_rollout(cfg, domain="text", seed=0, greedy=False, prompts=3):
+    branch = make_branch(cfg, domain)
+    rows = [branch.tasks[0].prompt(i) for i in range(prompts)]
+    return branch, branch.rollout(rows, seed, greedy=greedy)
+
+
+@DOMAINS
+def test_sampled_log_probs_are_those_the_training_kernels_compute(tmp_path, domain):
+    branch, rollout = make_rollout(make_config(tmp_path, "rollout.temperature=0.7"), domain)
+    head, tokens = branch.head(rollout, slice(0, len(rollout.tokens)))
+    logp = logprob(head, tokens, temperature=0.7).logp
+    # the sampler's are of the words without the four media ids
+    media = torch.tensor(branch.special[2])
+    weight = branch.model.lm_head.weight
+    logits = head.hidden @ weight.T / 0.7
+    kept = 1 - logits.softmax(-1)[:, media].sum(-1)
+    torch.testing.assert_close(rollout.logp[rollout.mask], logp - kept.log(), atol=1e-4, rtol=1e-4)
+
+
+@DOMAINS
+def test_cached_sampling_equals_a_greedy_search_without_cache(tmp_path, domain):
+    branch, rollout = make_rollout(make_config(tmp_path), domain, greedy=True)
+    model, (eos, pad, media) = branch.model, branch.special
+    prompts = collate(model, rollout.sequences.prompts, pad, CPU)
+    tokens = torch.zeros(3, 0, dtype=torch.long)
+    for _ in range(rollout.tokens.shape[1]):
+        sequences = extend(prompts, tokens, torch.ones_like(tokens))
+        logits = model.lm_head(hidden_states(model, sequences)[:, -1])
+        logits[:, media] = -math.inf
+        tokens = torch.cat([tokens, logits.argmax(-1, keepdim=True)], 1)
+    ours = rollout.tokens[::3]
+    assert torch.equal(ours[rollout.mask[::3]], tokens[rollout.mask[::3]])
+    assert eos
+
+
+@DOMAINS
+def test_hidden_states_are_those_of_transformers_own_forward(tmp_path, domain):
+    branch = make_branch(make_config(tmp_path), domain)
+    rows = [branch.tasks[0].prompt(i) for i in range(2)]
+    ours = hidden_states(branch.model, collate(branch.model, rows, 0, CPU))
+    media = {name: torch.cat([row.media[name] for row in rows]) for name in rows[0].media}
+    theirs = branch.model.model(
+        input_ids=torch.tensor([row.input_ids for row in rows]),
+        mm_token_type_ids=torch.tensor([row.mm_token_type_ids for row in rows]),
+        **media,
+    ).last_hidden_state
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_prompts_of_different_lengths_and_media_share_a_batch(tmp_path):
+    model = make_branch(make_config(tmp_path)).model
+    rows = [TASKS[name](name).prompt(0) for name in ("text", "image", "video")]
+    together = hidden_states(model, collate(model, rows, 0, CPU))
+    for row, hidden in zip(rows, together, strict=True):
+        alone = hidden_states(model, collate(model, [row], 0, CPU))[0]
+        torch.testing.assert_close(hidden[-len(alone) :], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_media_ids_are_never_sampled(tmp_path):
+    branch = make_branch(make_config(tmp_path))
+    media = torch.tensor(branch.special[2])
+    assert len(media) == 4
+    branch.model.lm_head.weight.data[media] *= 100
+    rows = [branch.tasks[0].prompt(i) for i in range(16)]
+    rollout = branch.rollout(rows, 0, samples=16)
+    assert not torch.isin(rollout.tokens, media).any()
+
+
+def test_generation_stops_when_every_row_has_ended(tmp_path):
+    branch = make_branch(make_config(tmp_path, "rollout.max_new_tokens=50"))
+    # EOS shares its row with the embedding: make it the answer to everything
+    branch.model.lm_head.weight = torch.nn.Parameter(torch.zeros(256, 32))
+    branch.model.lm_head.weight.data[2] = 0.0
+    branch.special = (list(range(250)), 0, branch.special[2])
+    rollout = branch.rollout([branch.tasks[0].prompt(0)], 0)
+    assert rollout.tokens.shape[1] == 1
+    assert not rollout.truncated.any()
+
+
+def test_the_mask_ends_with_eos_and_truncated_rows_have_none(tmp_path):
+    branch, rollout = make_rollout(make_config(tmp_path, "rollout.samples=32", "rollout.max_new_tokens=32"))
+    for tokens, mask, truncated in zip(rollout.tokens, rollout.mask, rollout.truncated, strict=True):
+        kept = tokens[mask].tolist()
+        assert (kept.count(branch.special[0][0]), kept[-1] in branch.special[0]) == (
+            (0, False) if truncated else (1, True)
+        )
+    assert 0 < rollout.truncated.float().mean() < 1
+
+
+def test_chunks_of_prompts_are_put_together_again(tmp_path):
+    whole = make_rollout(make_config(tmp_path), greedy=True, prompts=5)[1]
+    parts = make_rollout(make_config(tmp_path, "rollout.chunk_prompts=2"), greedy=True, prompts=5)[1]
+    assert torch.equal(whole.tokens, parts.tokens)
+    assert torch.equal(whole.mask, parts.mask)
+
+
+def test_sampling_depends_on_its_seed_alone(tmp_path):
+    cfg = make_config(tmp_path)
+    torch.manual_seed(1)
+    first = make_rollout(cfg)[1]
+    torch.manual_seed(2)
+    assert torch.equal(make_rollout(cfg)[1].tokens, first.tokens)
+    assert not torch.equal(make_rollout(cfg, seed=1)[1].tokens, first.tokens)
+    assert seed_of("a", 1) != seed_of("a", 2)
+
+
+def test_special_tokens_come_from_tokenizer_and_config(tmp_path):
+    branch = make_branch(make_config(tmp_path))
+    eos, pad, media = branch.special
+    assert (eos, pad, sorted(media)) == ([2], 0, [252, 253, 254, 255])
+    assert special_tokens.__doc__
+    assert generate.__doc__
+
+
+def test_group_advantages_sum_to_zero_and_vanish_for_equal_rewards():
+    reward = torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0]])
+    advantage = advantages(reward, RLVRConfig(advantage_eps=0.0))
+    torch.testing.assert_close(advantage[0], torch.tensor([1.0, -1.0, -1.0, 1.0]))
+    advantage = advantages(reward, RLVRConfig())
+    assert advantage.sum(1).abs().max() < 1e-6
+    assert (advantage[1] == 0).all()
+    assert (advantages(torch.ones(3, 1), RLVRConfig()) == 0).all()
+    assert advantages(reward, RLVRConfig(normalize_advantage=False))[0].tolist() == [0.5, -0.5, -0.5, 0.5]
+
+
+def test_token_weights_average_over_sequences_or_over_tokens():
+    mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0]]).bool()
+    by_sequence = token_weights(mask, RLVRConfig())
+    torch.testing.assert_close(by_sequence.sum(1), torch.tensor([1 / 3, 1 / 3, 0.0]))
+    torch.testing.assert_close(token_weights(mask, RLVRConfig(loss_aggregation="token"))[mask], torch.full((5,), 0.2))
+
+
+def test_on_the_first_update_the_gradient_is_reinforce():
+    logp = torch.randn(6, requires_grad=True)
+    advantage, weight = torch.randn(6), torch.rand(6)
+    loss, _ = policy_loss(logp, logp.detach(), advantage, weight, RLVRConfig())
+    (gradient,) = torch.autograd.grad(loss, logp)
+    torch.testing.assert_close(gradient, -weight * advantage)
+
+
+def test_the_clip_stops_the_gradient_on_each_side_as_in_the_paper():
+    old = torch.zeros(4)
+    logp = torch.tensor([0.79, 1.29, 0.79, 1.29]).log().requires_grad_()
+    advantage = torch.tensor([-1.0, 1.0, 1.0, -1.0])
+    loss, clipped = policy_loss(logp, old, advantage, torch.full((4,), 0.25), RLVRConfig())
+    (gradient,) = torch.autograd.grad(loss, logp)
+    assert (gradient == 0).tolist() == [True, True, False, False]
+    assert {name: value.item() for name, value in clipped.items()} == {
+        "clip_ratio/low_mean": 0.25,
+        "clip_ratio/high_mean": 0.25,
+    }
+
+
+def test_delta_is_clamped_where_the_config_says_so():
+    teacher, student = torch.tensor([-1.0, -20.0]), torch.tensor([-2.0, -1.0])
+    assert delta(teacher, student, OPDConfig()).tolist() == [1.0, -19.0]
+    assert delta(teacher, student, OPDConfig(delta_clamp=5.0)).tolist() == [1.0, -5.0]
+
+
+def test_the_sampled_signal_is_the_reverse_kl_gradient_in_expectation(tmp_path):
+    """Every word of one position, weighted by its probability, gives the exact gradient of KL(student || teacher)."""
+    student = torch.randn(50, requires_grad=True)
+    teacher = torch.randn(50).log_softmax(-1)
+    logp = student.log_softmax(-1)
+    loss, _ = policy_loss(logp, logp.detach(), teacher - logp.detach(), logp.detach().exp(), RLVRConfig(), clip=False)
+    (sampled,) = torch.autograd.grad(loss, student, retain_graph=True)
+    (exact,) = torch.autograd.grad((logp.exp() * (logp - teacher)).sum(), student)
+    torch.testing.assert_close(sampled, exact, rtol=1e-4, atol=1e-6)
