@@ -290,7 +290,6 @@ def test_a_checkpoint_without_image_processor_gives_its_tokenizer(processor, tmp
 
 def test_the_examples_train_from_a_saved_checkpoint(processor, tmp_path, monkeypatch):
     monkeypatch.chdir(EXAMPLES.parent)
-    monkeypatch.setattr("transformers.AutoProcessor.from_pretrained", PilProcessor.from_pretrained)
     checkpoint(tmp_path / "base", processor)
     options = [
         f"model.path={tmp_path / 'base'}",
