@@ -1,5 +1,7 @@
 """Configs: files, overrides, errors, and the command line."""
 
+import subprocess
+import sys
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 
@@ -153,3 +155,15 @@ def test_a_failed_first_run_takes_those_that_need_it_along(tmp_path, monkeypatch
     monkeypatch.setattr(study, "launch", lambda path: 1)
     plan = study.Study(output_dir=str(tmp_path), variants={"tiny": {"branches": {"text": {"task": "arithmetic"}}}})
     assert len(study.run(plan)) == 4
+
+
+def test_the_smoke_config_runs_by_one_command(tmp_path):
+    """As a user runs it: report and models are there, and the progress says what happened."""
+    command = [sys.executable, "-m", "copd.train", "--config", str(CONFIGS / "smoke.yaml"), f"output_dir={tmp_path}"]
+    cached = f"warmstart.cache_dir={tmp_path / 'warmstart'}"
+    done = subprocess.run([*command, cached], capture_output=True, text=True, check=False, cwd=CONFIGS.parent)
+    assert done.returncode == 0, done.stderr
+    for name in ("metrics.jsonl", "results.json", "results.md", "report.html", "merged/model.safetensors"):
+        assert (tmp_path / "smoke" / name).stat().st_size > 0
+    assert "merged" in done.stdout
+    assert "MiB in all" in done.stderr
