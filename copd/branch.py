@@ -7,6 +7,7 @@ rollout, `update` makes the optimiser step, `state` saves. Placing a branch else
 from __future__ import annotations
 
 import copy
+import math
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -89,6 +90,7 @@ class Branch:
             model.model.visual.requires_grad_(False)
         if cfg.model.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.to("cpu" if cfg.offload else device)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         # fp32 weights of the optimiser; the model computes with their rounding when it is bf16
         self.master = [p if cfg.model.dtype == "float32" else p.detach().clone() for p in self.parameters]
@@ -100,8 +102,6 @@ class Branch:
             eps=cfg.optim.eps,
             weight_decay=cfg.optim.weight_decay,
         )
-        if cfg.offload:
-            self._move("cpu")
 
     def task_of(self, step: int) -> Task:
         return self.tasks[step % len(self.tasks)]
@@ -138,7 +138,9 @@ class Branch:
             count = max(1, count // shared_by)
         key = (cfg.seed, "cross", self.task_of(step).name, task.name)
         rollout = self.rollout(draw(task, count, step, *key), seed_of("sample", *key, step))
-        return Batch(task.name, rollout, self._weights(rollout), teacher=teacher.score(rollout))
+        # the sampled signal needs no more of the teacher than its log-probs, but for the logged overlap
+        keep = cfg.opd.overlap_tokens if cfg.opd.signal == "sampled" else math.inf
+        return Batch(task.name, rollout, self._weights(rollout), teacher=teacher.score(rollout, keep))
 
     def _weights(self, rollout: Rollout) -> Tensor:
         keep = rollout.mask & ~rollout.truncated[:, None] if self.cfg.rollout.mask_truncated else rollout.mask
@@ -156,8 +158,8 @@ class Branch:
         return Head.of(model, hidden), rollout.tokens[rows][mask]
 
     @torch.no_grad()
-    def score(self, rollout: Rollout) -> TeacherScore:
-        """This branch as teacher of another's rollout: hidden states and log-probs of this very moment."""
+    def score(self, rollout: Rollout, keep_tokens: float = math.inf) -> TeacherScore:
+        """This branch as teacher of another's rollout: log-probs and heads of this very moment."""
         cfg, model = self.cfg, self.frozen or self.model
         keep = self.device if not cfg.offload else torch.device("cpu")
         score, lm_head = TeacherScore(self.name, [], []), None
@@ -165,6 +167,9 @@ class Branch:
             for rows in rollout.sequences.micro_batches(cfg.micro_batch_tokens):
                 head, tokens = self.head(rollout, rows, model)
                 score.logp.append(logprob(head, tokens, temperature=cfg.rollout.temperature).logp)
+                if keep_tokens <= 0:
+                    continue
+                keep_tokens -= len(tokens)
                 lm_head = head.lm_head.clone().to(keep) if lm_head is None else lm_head
                 score.heads.append(replace(head, hidden=head.hidden.to(keep), lm_head=lm_head))
         return score
@@ -335,7 +340,7 @@ class Branch:
     def on_device(self):
         """With `cfg.offload`, the branch visits its device for the length of the block."""
         here = self.model.get_input_embeddings().weight.device
-        if not self.cfg.offload or here == self.device:
+        if not self.cfg.offload or here.type == self.device.type:
             yield
             return
         self._move(self.device)

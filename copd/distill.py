@@ -21,7 +21,8 @@ class TeacherScore:
 
     name: str
     heads: list[Head]
-    """hidden states (N, D), and the `lm_head` as it was: the live one moves before all students have read it"""
+    """hidden states (N, D), and the `lm_head` as it was: the live one moves before all students have read it; of the
+    first micro-batches only, where no more are needed"""
     logp: list[Tensor]
     """(N,) fp32 log-probs of the sampled tokens"""
 

@@ -96,7 +96,10 @@ def load(cfg: ModelConfig, seed: int, device: torch.device) -> tuple[PreTrainedM
 
 def load_saved(path: str | Path, **options: Any) -> tuple[PreTrainedModel, Any]:
     """What `save_pretrained` wrote, model in fp32 and processor, whatever its class."""
-    multimodal = hasattr(AutoConfig.from_pretrained(path), "vision_config")
+    config = AutoConfig.from_pretrained(path)
+    multimodal = hasattr(config, "vision_config")
+    if multimodal and not config.model_type.startswith("qwen3_vl"):
+        raise ValueError(f"model: path must be a Qwen3-VL or a text-only model; got {config.model_type!r} in {path}")
     auto = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
     return auto.from_pretrained(path, dtype=torch.float32, **options), load_processor(str(path))
 

@@ -9,6 +9,7 @@ in each (variant, seed): it makes the warm start that the others share, and the 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -89,7 +90,7 @@ def run(study: Study) -> list[Path]:
             while ready and len(running) < study.jobs:
                 path = ready.pop(0)
                 running[pool.submit(launch, path)] = path
-            for done in wait(running, return_when=FIRST_COMPLETED).done:
+            for done in wait(running, timeout=20, return_when=FIRST_COMPLETED).done:
                 path = running.pop(done)
                 print(f"{'done  ' if done.result() == 0 else 'FAILED'} {path.with_suffix('')}", flush=True)
                 following = after.pop(path, [])
@@ -97,7 +98,21 @@ def run(study: Study) -> list[Path]:
                     ready += following
                 else:
                     failed += [path, *following]
+            for path in running.values():
+                print(f"       {path.with_suffix('')}: {progress(path)}", flush=True)
     return failed
+
+
+def progress(path: Path) -> str:
+    """Where a run is, from the last line of its metrics."""
+    metrics = path.with_suffix("") / "metrics.jsonl"
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    trained = [record for line in lines[-64:] if (record := json.loads(line))["kind"] == "train"]
+    if not trained:
+        return "warm start"
+    last = trained[-1]
+    numbers = [f"{key} {last[key]:.2f}" for key in ("reward", "kl", "overlap") if key in last]
+    return ", ".join([f"step {last['step']}", last["phase"], *numbers, f"{last['tokens_per_s']:.0f} tokens/s"])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -113,6 +128,8 @@ def main(argv: list[str] | None = None) -> None:
     from copd import report
 
     report.write(Path(study.output_dir))
+    print((Path(study.output_dir) / "results.md").read_text())
+    print(f"{study.output_dir}: results.json, results.md, report.html")
     if failed:
         sys.exit("study: failed: " + ", ".join(str(path) for path in failed))
 

@@ -63,7 +63,8 @@ class Run:
         self.device = torch.device(auto if cfg.device == "auto" else cfg.device)
         base, self.processor = load(cfg.model, cfg.seed, self.device)
         self.tasks = {name: make_task(name, branch, self.processor) for name, branch in cfg.branches.items()}
-        self.base = warm_start(base, self.processor, list(self.tasks.values()), cfg)
+        # branches are copies: the base itself need not stay on the device
+        self.base = warm_start(base, self.processor, list(self.tasks.values()), cfg).to("cpu")
         self.plan = self._plan()
         self._log_memory()
 
@@ -97,7 +98,7 @@ class Run:
         folder = Path(self.cfg.experts or self.cfg.run_dir / "experts") / f"branch-{name}"
         if not folder.exists():
             raise ValueError(f"config: experts must hold a finished run's branches; got no {folder}")
-        return load_like(folder, self.base, self.processor).to(self.device)
+        return load_like(folder, self.base, self.processor)
 
     def _log_memory(self) -> None:
         """States what the branches need, which is the first thing to know about K of them."""

@@ -8,7 +8,7 @@ from copd_cases import CPU, TASKS, make_branch, make_config
 
 from copd.config import OPDConfig, RLVRConfig
 from copd.distill import delta
-from copd.model import collate, extend, hidden_states
+from copd.model import collate, extend, hidden_states, load_saved
 from copd.rlvr import advantages, policy_loss, token_weights
 from copd.rollout import generate, seed_of, special_tokens
 from copd_kernels import logprob
@@ -184,3 +184,40 @@ def test_the_sampled_signal_is_the_reverse_kl_gradient_in_expectation(tmp_path):
     (sampled,) = torch.autograd.grad(loss, student, retain_graph=True)
     (exact,) = torch.autograd.grad((logp.exp() * (logp - teacher)).sum(), student)
     torch.testing.assert_close(sampled, exact, rtol=1e-4, atol=1e-6)
+
+
+def test_a_text_only_model_trains_by_the_same_code(tmp_path):
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    from copd.tasks import vocabulary
+    from copd.train import run
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    Qwen3ForCausalLM(Qwen3Config(vocab_size=256, eos_token_id=2, pad_token_id=0, **sizes, **heads)).save_pretrained(
+        tmp_path
+    )
+    vocabulary.tokenizer().save_pretrained(tmp_path)
+    results = run(make_config(tmp_path, f"model.path={tmp_path}", domains=("text", "text2")))
+    assert set(results["final"]) == {"base", "text", "text2", "merged"}
+
+
+def test_other_vision_models_are_refused(tmp_path):
+    from transformers import LlavaConfig
+
+    LlavaConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="model: path must be a Qwen3-VL or a text-only model; got 'llava'"):
+        load_saved(tmp_path)
+
+
+def test_the_sampled_signal_keeps_no_more_of_the_teacher_than_the_overlap_needs(tmp_path):
+    settings = ("micro_batch_tokens=1", "opd.overlap_tokens=3", "rollout.max_new_tokens=4")
+    kept = {}
+    for signal in ("sampled", "reverse"):
+        student = make_branch(make_config(tmp_path, f"opd.signal={signal}", *settings))
+        teacher = make_branch(make_config(tmp_path, f"opd.signal={signal}", *settings), "image", seed=1)
+        batch = student.cross_batch(teacher, 0)
+        kept[signal] = sum(len(head.hidden) for head in batch.teacher.heads)
+        assert sum(map(len, batch.teacher.logp)) == batch.rollout.mask.sum()
+        assert math.isfinite(student.learn([batch])["overlap"])
+    assert 3 <= kept["sampled"] <= 6 < kept["reverse"]
