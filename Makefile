@@ -22,7 +22,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 
 test: lint
-	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q -n 2 --durations=10
 
 bench: setup
 	$(BIN)/python -m bench.compare --rounds 1 --N 1024 --V 32768 --D 256
