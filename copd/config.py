@@ -104,6 +104,8 @@ class WarmStartConfig:
     """peak learning rate of stage 1; stage 2 falls from 1e-3 to 1e-4"""
     batch: int = 48
     """solutions of each domain a step; a domain at the target falls to a third"""
+    domain_batch: dict[str, int] = field(default_factory=dict)
+    """`batch` of single domains: long prompts cost more, and need not be the harder ones"""
     cache_dir: str = "runs/warmstart"
     """finished warm starts, one folder a configuration and seed, shared by all runs"""
 

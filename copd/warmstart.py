@@ -6,6 +6,7 @@ Stage 1 imitates correct solutions until every domain is answered; stage 2 imita
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -35,11 +36,12 @@ def warm_start(model: PreTrainedModel, processor: Any, tasks: list[Task], cfg: C
     )
     cached = Path(cfg.warmstart.cache_dir) / key
     if not cached.exists():
-        _train(model, processor, tasks, cfg)
+        history = _train(model, processor, tasks, cfg)
         # several runs of a study may get here at once: whoever renames first wins
         scratch = cached.with_name(f"{key}-{os.getpid()}")
         model.save_pretrained(scratch)
         processor.save_pretrained(scratch)
+        (scratch / "accuracy.json").write_text(json.dumps(history))
         try:
             scratch.rename(cached)
         except OSError:
@@ -48,10 +50,13 @@ def warm_start(model: PreTrainedModel, processor: Any, tasks: list[Task], cfg: C
     return load_saved(cached)[0].to(device)
 
 
-def _train(model: PreTrainedModel, processor: Any, tasks: list[Task], cfg: Config) -> None:
+def _train(model: PreTrainedModel, processor: Any, tasks: list[Task], cfg: Config) -> list[dict[str, float]]:
+    """Warm-starts `model` in place; returns the greedy accuracies of the checks in stage 1."""
     warm, special = cfg.warmstart, special_tokens(model, processor)
     optimizer = torch.optim.AdamW(model.parameters(), lr=warm.lr, weight_decay=0.01)
-    batch = {task.name: warm.batch for task in tasks}
+    whole = {task.name: warm.domain_batch.get(task.name, warm.batch) for task in tasks}
+    batch = dict(whole)
+    history: list[dict[str, float]] = []
     bar = tqdm(range(warm.clean_steps + warm.slip_steps), desc="warm start", disable=None)
     stage_end = warm.clean_steps
     for step in bar:
@@ -66,7 +71,7 @@ def _train(model: PreTrainedModel, processor: Any, tasks: list[Task], cfg: Confi
         for group in optimizer.param_groups:
             group["lr"] = lr
         for task in tasks:
-            size = batch[task.name] if clean else warm.batch
+            size = batch[task.name] if clean else whole[task.name]
             loss = _imitation_loss(model, task, size, step, clean, special[1], cfg.seed) / len(tasks)
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -78,10 +83,13 @@ def _train(model: PreTrainedModel, processor: Any, tasks: list[Task], cfg: Confi
                 prompts = [task.prompt(i, "test") for i in range(100)]
                 rollout = generate(model, prompts, 1, cfg.rollout, special, 0, greedy=True)
                 reached[task.name] = rewards(task, rollout).mean().item()
-                batch[task.name] = warm.batch // 3 if reached[task.name] >= warm.target_accuracy else warm.batch
+                share = 3 if reached[task.name] >= warm.target_accuracy else 1
+                batch[task.name] = max(1, whole[task.name] // share)
+            history.append({"step": step + 1} | reached)
             bar.set_postfix({name: f"{value:.2f}" for name, value in reached.items()})
             if min(reached.values()) >= warm.target_accuracy:
                 stage_end = step + 1
+    return history
 
 
 def _imitation_loss(
