@@ -256,7 +256,6 @@ def encode_media(model: PreTrainedModel, batch: Sequences, pixels: str, grid: st
     )
     merged = model.config.vision_config.spatial_merge_size**2
     counts = [int(prompt.media[grid].prod(1).sum()) // merged for prompt in owners]
-    return [
-        torch.cat([part for part in layer.split(counts) for _ in range(batch.samples)])
-        for layer in (torch.cat(list(output.pooler_output)), *output.deepstack_features)
-    ]
+    # transformers gives a layer as one tensor or as one for each image, depending on its version
+    layers = [x if isinstance(x, Tensor) else torch.cat(x) for x in (output.pooler_output, *output.deepstack_features)]
+    return [torch.cat([part for part in layer.split(counts) for _ in range(batch.samples)]) for layer in layers]
