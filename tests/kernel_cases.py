@@ -25,7 +25,7 @@ SHAPES = {
     "past-a-tile": (5, 16, 4097),
     "short-of-a-tile": (5, 16, 4095),
     "wide": (2, 8, 20011),
-    "tall": (301, 8, 17),
+    "tall": (67, 8, 17),
 }
 # two heads of the ragged shape do not fit: several chunks, the last one shorter
 SMALL_WORKSPACE = 30_000

@@ -29,7 +29,8 @@ directions = [(r, f) for r in (False, True) for f in (False, True)]
 
 def variants(name, names):
     for tile in teachers if "T" in names else [{}]:
-        block = {"BLOCK": rows.TILE // tile.get("TP", 1)}
+        whole = rows.COUNT_TILE if "overlap" in name else rows.TILE
+        block = {"BLOCK": whole // tile.get("TP", 1)}
         shape = {k: v for k, v in (tile | block | {"BITS": rows.HEAD_BITS}).items() if k in names}
         for cap in (False, True) if "HAS_CAP" in names else (None,):
             for r, f in directions if "REVERSE" in names else [(None, None)]:

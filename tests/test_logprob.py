@@ -118,8 +118,8 @@ def test_gradcheck_passes_in_float64():
 
 @pytest.mark.parametrize(("backend", "device"), RUNS)
 def test_two_calls_and_two_backwards_are_identical_to_the_bit(backend, device):
-    head = make(77, 16, 500, device=device)
-    tokens = torch.randint(0, 500, (77,), device=device)
+    head = make(21, 16, 500, device=device)
+    tokens = torch.randint(0, 500, (21,), device=device)
     runs = []
     for _ in range(2):
         value = logprob(head, tokens, backend=backend, workspace_bytes=SMALL_WORKSPACE).logp

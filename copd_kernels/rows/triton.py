@@ -23,6 +23,8 @@ from copd_kernels.rows.stats import Side, entropy, kl_from, kl_gradient, log_mix
 
 # one tile of logits: 16 fp32 a thread and tensor, four 16-byte loads
 TILE = 4096
+# counting equals along a row holds more registers
+COUNT_TILE = 2048
 NUM_WARPS = 8
 # enough programs to fill a GPU several times over
 PROGRAMS = 4096
@@ -157,7 +159,7 @@ def kl(
 def overlap(z: Tensor, student: int, teachers: list[int], k: int) -> Tensor:
     _, R, V = z.shape
     T = len(teachers)
-    BLOCK, _, _ = pieces(R, V, T)
+    BLOCK, _, _ = pieces(R, V, T, COUNT_TILE)
     least, room = boundary(z[student], k)
     t_least, t_room = (torch.stack(x) for x in zip(*(boundary(z[j], k) for j in teachers), strict=True))
     common = torch.empty(T, R, dtype=torch.int32, device=z.device)
@@ -174,9 +176,9 @@ def boundary(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return least, (largest == least.unsqueeze(1)).sum(1)
 
 
-def pieces(R: int, V: int, T: int) -> tuple[int, int, int]:
+def pieces(R: int, V: int, T: int, tile: int = TILE) -> tuple[int, int, int]:
     """(tokens a tile, pieces a row, tiles a piece)."""
-    BLOCK = min(TILE // triton.next_power_of_2(T), max(16, triton.next_power_of_2(V)))
+    BLOCK = min(tile // triton.next_power_of_2(T), max(16, triton.next_power_of_2(V)))
     tiles = triton.cdiv(V, BLOCK)
     per_split = triton.cdiv(tiles, min(tiles, triton.cdiv(PROGRAMS, R)))
     return BLOCK, triton.cdiv(tiles, per_split), per_split
