@@ -123,7 +123,7 @@ class Run:
         done = checkpoint.load(saved[-1], plan.branches, cfg) if saved else 0
         log = Log(self.directory, cfg, total, done)
         (self.directory / "config.yaml").write_text(config.dump(cfg))
-        if done == 0 and cfg.eval.every:
+        if done == 0:
             self.measure(log, 0)
         interrupted = []
         previous = signal.signal(signal.SIGINT, lambda *_: _interrupt(interrupted))
@@ -136,8 +136,7 @@ class Run:
                     record |= {"step_time": now - clock, "tokens_per_s": speed, "memory_mib": memory_mib(self.device)}
                     log.write("train", step, {"phase": phase, "branch": name} | record)
                 log.progress(phase, metrics)
-                if cfg.eval.every and (step % cfg.eval.every == 0 or step == total):
-                    self.measure(log, step)
+                self.measure(log, step)
                 if interrupted or (cfg.checkpoint_every and step % cfg.checkpoint_every == 0 and step < total):
                     path = checkpoint.save(self.directory, step, plan.branches, cfg)
                     if interrupted:
@@ -157,10 +156,14 @@ class Run:
         return log
 
     def measure(self, log: Log, step: int) -> None:
-        """Accuracy of every branch on every domain, and divergence along the edges of the topology."""
-        for branch in self.plan.branches:
-            for task in self.tasks.values():
-                log.write("eval", step, evaluate.accuracy(branch, task, self.cfg.eval.curve_prompts, 1)[0])
+        """Accuracy of every branch on every domain, and divergence along the edges of the topology, where due."""
+        cfg, last = self.cfg.eval, step == len(self.plan.phases)
+        if _due(step, cfg.every, last):
+            for branch in self.plan.branches:
+                for task in self.tasks.values():
+                    log.write("eval", step, evaluate.accuracy(branch, task, cfg.curve_prompts, 1)[0])
+        if not _due(step, cfg.every if cfg.divergence_every is None else cfg.divergence_every, last):
+            return
         branches = {branch.name: branch for branch in self.plan.branches}
         for student, teachers in topology.teachers(self.cfg).items():
             for teacher in teachers:
@@ -223,6 +226,10 @@ def spans(phases: list[str]) -> list[list[Any]]:
     """Runs of equal phases as [phase, first step, end]."""
     cuts = [0, *(i for i in range(1, len(phases)) if phases[i] != phases[i - 1]), len(phases)]
     return [[phases[a], a, b] for a, b in pairwise(cuts) if a < b]
+
+
+def _due(step: int, every: int, last: bool) -> bool:
+    return bool(every) and (last or step % every == 0)
 
 
 def _interrupt(interrupted: list[bool]) -> None:
