@@ -15,15 +15,19 @@ respect to hidden @ lm_head.T + bias over alpha; it may be the student's own log
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
+from pathlib import Path
 from types import ModuleType
 
 import torch
 
 from copd_kernels.checks import check_option
 
-BACKENDS = ("torch", "triton")
+BACKENDS = ("torch", "triton", "native")
+# what `backend=None` takes, the first that is available; native rows on CUDA wait for a measurement against Triton's
+DEFAULTS = {"cuda": ("triton", "torch"), "cpu": ("native", "torch")}
 
 
 def resolve(op: str, backend: str | None, device: torch.device) -> str:
@@ -31,21 +35,54 @@ def resolve(op: str, backend: str | None, device: torch.device) -> str:
     name = backend or os.environ.get("COPD_BACKEND")
     if name:
         check_option(op, "backend", name, (*BACKENDS, "reference"))
-        if name == "triton":
-            reason = triton_missing(device)
-            if reason:
-                raise RuntimeError(f"{op}: backend 'triton' is not available here: {reason}")
+        reason = missing(name, device)
+        if reason:
+            raise RuntimeError(f"{op}: backend {name!r} is not available here: {reason}")
         return name
-    return "triton" if device.type == "cuda" and triton_missing(device) is None else "torch"
+    return next(name for name in DEFAULTS.get(device.type, ("torch",)) if missing(name, device) is None)
 
 
-def triton_missing(device: torch.device) -> str | None:
-    """Why the Triton rows cannot run on this device, with what would change that; None if they can."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed; run `pip install triton`"
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"{device.type} tensors need Triton's interpreter; set TRITON_INTERPRET=1, or use backend='torch'"
+def missing(name: str, device: torch.device) -> str | None:
+    """Why a backend cannot run on this device, with what would change that; None if it can."""
+    if name == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed; run `pip install triton`"
+        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            return f"{device.type} tensors need Triton's interpreter; set TRITON_INTERPRET=1, or use backend='torch'"
+    if name == "native":
+        if native_failure():
+            return native_failure()
+        if device.type == "cuda":
+            return native_cuda_missing(device)
+        if device.type != "cpu":
+            return f"it has no part for {device.type}; use backend='torch'"
     return None
+
+
+@functools.cache
+def native_failure() -> str | None:
+    """Why the compiled library does not load; None if it does."""
+    try:
+        importlib.import_module("copd_kernels._C")
+    except ModuleNotFoundError:
+        others = sorted(path.name for path in Path(__file__).parent.parent.glob("_C.*"))
+        found = f"only for another Python ({others[0]})" if others else "not at all"
+        return f"csrc/ is built {found}; run `pip install -e .` with a C++ compiler"
+    except ImportError as error:
+        return f"copd_kernels._C does not load ({error}); run `pip install -e .`"
+    return None
+
+
+def native_cuda_missing(device: torch.device) -> str | None:
+    from copd_kernels import _C
+
+    if not _C.has_cuda:
+        return "csrc/ is built without its CUDA part; run `COPD_CUDA=1 pip install -e .` with nvcc"
+    major, minor = torch.cuda.get_device_capability(device)
+    # binaries run on later minor versions; the sm_90a part on 9.0 alone
+    if major == 8 or (major, minor) == (9, 0) or major == 10:
+        return None
+    return f"csrc/ has no code for sm_{major}{minor}, only for sm_80, sm_90a and sm_100; use backend='triton'"
 
 
 def load(name: str) -> ModuleType:

@@ -1,0 +1,97 @@
+"""Rows compiled from `csrc/`: C++ on a CPU, CUDA on a GPU. This file takes tensors apart; the mathematics is in rows.h."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from copd_kernels import _C
+from copd_kernels.rows import torch as torch_rows
+
+# in the order of rows.h
+DIVERGENCES = ("reverse", "forward", "symmetric", "jsd")
+
+
+def logprob(z: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    results = tuple(z.new_empty(z.shape[1]) for _ in range(3))
+    call_logprob(z, tokens, results, None, None)
+    return results
+
+
+def logprob_grad(
+    z: Tensor,
+    tokens: Tensor,
+    dlogp: Tensor,
+    dentropy: Tensor,
+    dlse: Tensor,
+    cap: float | None,
+    dlogits: Tensor,
+) -> None:
+    call_logprob(z, tokens, (dlogp, dentropy, dlse), cap, dlogits)
+
+
+def call_logprob(
+    z: Tensor, tokens: Tensor, numbers: tuple[Tensor, ...], cap: float | None, dlogits: Tensor | None
+) -> None:
+    tokens, numbers = tokens.contiguous(), [x.contiguous() for x in numbers]
+    addresses = [x.data_ptr() for x in numbers]
+    _, R, V = z.shape
+    with torch.cuda.device_of(z):
+        _C.logprob(z.data_ptr(), name(z), R, V, tokens.data_ptr(), addresses, *gradient(z, cap, dlogits), *place(z))
+
+
+def kl(
+    z: Tensor,
+    student: int,
+    teachers: list[int],
+    divergence: str,
+    beta: float,
+    weight: Tensor | None = None,
+    cap: float | None = None,
+    dlogits: Tensor | None = None,
+) -> Tensor:
+    value = z.new_empty(len(teachers), z.shape[1])
+    weight = None if weight is None else weight.contiguous()
+    cap, address, kind = gradient(z, cap, dlogits)
+    with torch.cuda.device_of(z):
+        _C.kl(
+            z.data_ptr(),
+            name(z),
+            *z.shape,
+            student,
+            teachers,
+            DIVERGENCES.index(divergence),
+            beta,
+            0 if weight is None else weight.data_ptr(),
+            cap,
+            address,
+            kind,
+            value.data_ptr(),
+            *place(z),
+        )
+    return value
+
+
+def overlap(z: Tensor, student: int, teachers: list[int], k: int) -> Tensor:
+    if z.is_cuda:
+        return torch_rows.overlap(z, student, teachers, k)
+    value = z.new_empty(len(teachers), z.shape[1])
+    _C.overlap(z.data_ptr(), name(z), *z.shape, student, teachers, k, value.data_ptr(), torch.get_num_threads())
+    return value
+
+
+def gradient(z: Tensor, cap: float | None, dlogits: Tensor | None) -> tuple[float, int, str]:
+    if dlogits is None:
+        return 0.0, 0, name(z)
+    return cap or 0.0, dlogits.data_ptr(), name(dlogits)
+
+
+def name(x: Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")
+
+
+def place(z: Tensor) -> tuple[bool, int]:
+    """Where to run: (False, CPU threads) or (True, the CUDA stream)."""
+    if z.is_cuda:
+        return True, torch.cuda.current_stream(z.device).cuda_stream
+    return False, torch.get_num_threads()

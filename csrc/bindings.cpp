@@ -1,0 +1,169 @@
+// copd_kernels._C, a table of contents: addresses and sizes in, nothing out. No libtorch: copd_kernels/rows/native.py
+// takes the tensors apart and checks them; what is repeated here protects memory.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "table.h"
+
+namespace py = pybind11;
+
+namespace copd {
+
+namespace plain { extern const CpuRows rows; }
+#ifdef COPD_X86
+namespace avx2 { extern const CpuRows rows; }
+namespace avx512 { extern const CpuRows rows; }
+#endif
+
+#ifdef COPD_CUDA
+namespace cuda {
+void kl(const KlArguments&, uintptr_t stream);
+void logprob(const LogProbArguments&, uintptr_t stream);
+}
+#endif
+
+namespace {
+
+// The widest instructions this processor has; COPD_ISA asks for fewer.
+std::pair<const char*, const CpuRows*> choose() {
+    const char* asked = std::getenv("COPD_ISA");
+    std::string isa = asked ? asked : "";
+    if (!isa.empty() && isa != "plain" && isa != "avx2" && isa != "avx512")
+        throw std::runtime_error("COPD_ISA must be plain, avx2 or avx512; got '" + isa + "'");
+#ifdef COPD_X86
+    __builtin_cpu_init();
+    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")
+        && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")
+        && __builtin_cpu_supports("avx512cd");
+    if (avx512 && (isa.empty() || isa == "avx512")) return {"avx512", &avx512::rows};
+    if (avx2 && (isa.empty() || isa == "avx2")) return {"avx2", &avx2::rows};
+#endif
+    if (!isa.empty() && isa != "plain") throw std::runtime_error("COPD_ISA: this processor has no " + isa);
+    return {"plain", &plain::rows};
+}
+
+const std::pair<const char*, const CpuRows*>& cpu() {
+    static const auto chosen = choose();
+    return chosen;
+}
+
+void require(bool ok, const char* what) {
+    if (!ok) throw std::invalid_argument(what);
+}
+
+Type type_of(const std::string& name) {
+    if (name == "float32") return Type::float32;
+    if (name == "float64") return Type::float64;
+    if (name == "float16") return Type::float16;
+    require(name == "bfloat16", "type must be float32, float64, float16 or bfloat16");
+    return Type::bfloat16;
+}
+
+Logits logits_of(uintptr_t z, const std::string& type, int heads, int64_t R, int64_t V) {
+    require(type == "float32" || type == "float64", "logits must be float32 or float64");
+    require(heads > 0 && R >= 0 && V > 0 && V < INT32_MAX, "sizes must be positive, V below 2**31");
+    require(R == 0 || z, "logits must not be null");
+    return {(const void*)z, type_of(type), heads, R, V};
+}
+
+Gradient gradient_of(const Logits& logits, uintptr_t dlogits, const std::string& type, double cap) {
+    Gradient gradient{(void*)dlogits, type_of(type), cap};
+    bool same = gradient.type == logits.type;
+    require(same || (logits.type == Type::float32 && gradient.type != Type::float64),
+            "dlogits must have the logits' type, or be 16 bits wide");
+    return gradient;
+}
+
+void check_heads(const Logits& logits, int student, const std::vector<int>& teachers) {
+    require(!teachers.empty(), "teachers must not be empty");
+    require(student >= 0 && student < logits.heads, "student must be one of the heads");
+    for (int j : teachers) require(j >= 0 && j < logits.heads, "teachers must be among the heads");
+}
+
+// Runs on the CPU with `place` threads, or on the current GPU in the stream `place`.
+template <class Arguments>
+void call(bool on_cuda, uintptr_t place, const Arguments& args, void (*CpuRows::*on_cpu)(const Arguments&, int),
+          void (*kernel)(const Arguments&, uintptr_t)) {
+    if (args.logits.R == 0) return;
+    py::gil_scoped_release release;
+    if (on_cuda) {
+        if (!kernel) throw std::runtime_error("the CUDA part is not built; run `COPD_CUDA=1 pip install -e .`");
+        kernel(args, place);
+    } else {
+        (cpu().second->*on_cpu)(args, (int)place);
+    }
+}
+
+#ifdef COPD_CUDA
+constexpr auto kl_kernel = cuda::kl;
+constexpr auto logprob_kernel = cuda::logprob;
+constexpr bool HAS_CUDA = true;
+#else
+constexpr void (*kl_kernel)(const KlArguments&, uintptr_t) = nullptr;
+constexpr void (*logprob_kernel)(const LogProbArguments&, uintptr_t) = nullptr;
+constexpr bool HAS_CUDA = false;
+#endif
+
+void kl(uintptr_t z, const std::string& type, int heads, int64_t R, int64_t V, int student,
+        const std::vector<int>& teachers, int divergence, double beta, uintptr_t weight, double cap, uintptr_t dlogits,
+        const std::string& dlogits_type, uintptr_t value, bool on_cuda, uintptr_t place) {
+    Logits logits = logits_of(z, type, heads, R, V);
+    check_heads(logits, student, teachers);
+    require(divergence >= 0 && divergence < 4, "divergence must be in 0..3");
+    require(R == 0 || value, "value must not be null");
+    require(!dlogits || weight, "a gradient needs weights");
+    KlArguments args{logits, student, teachers.data(), (int)teachers.size(), divergence, beta, (const void*)weight,
+                     gradient_of(logits, dlogits, dlogits_type, cap), (void*)value};
+    call(on_cuda, place, args, &CpuRows::kl, kl_kernel);
+}
+
+void logprob(uintptr_t z, const std::string& type, int64_t R, int64_t V, uintptr_t tokens,
+             const std::vector<uintptr_t>& numbers, double cap, uintptr_t dlogits, const std::string& dlogits_type,
+             bool on_cuda, uintptr_t place) {
+    Logits logits = logits_of(z, type, 1, R, V);
+    require(numbers.size() == 3, "there must be three numbers a row");
+    for (uintptr_t x : numbers) require(R == 0 || (x && tokens), "tokens and numbers must not be null");
+    for (int64_t r = 0; r < R && !on_cuda; ++r) {
+        int64_t token = ((const int64_t*)tokens)[r];
+        require(token >= 0 && token < V, "tokens must be in 0..V-1");
+    }
+    LogProbArguments args{logits, (const int64_t*)tokens, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr,
+                          gradient_of(logits, dlogits, dlogits_type, cap)};
+    if (dlogits) {
+        args.dlogp = (const void*)numbers[0], args.dentropy = (const void*)numbers[1];
+        args.dlse = (const void*)numbers[2];
+    } else {
+        args.logp = (void*)numbers[0], args.entropy = (void*)numbers[1], args.lse = (void*)numbers[2];
+    }
+    call(on_cuda, place, args, &CpuRows::logprob, logprob_kernel);
+}
+
+void overlap(uintptr_t z, const std::string& type, int heads, int64_t R, int64_t V, int student,
+             const std::vector<int>& teachers, int64_t k, uintptr_t value, int threads) {
+    Logits logits = logits_of(z, type, heads, R, V);
+    check_heads(logits, student, teachers);
+    require(k > 0 && k <= V, "k must be in 1..V");
+    require(R == 0 || value, "value must not be null");
+    OverlapArguments args{logits, student, teachers.data(), (int)teachers.size(), k, (void*)value};
+    py::gil_scoped_release release;
+    cpu().second->overlap(args, threads);
+}
+
+}  // namespace
+}  // namespace copd
+
+PYBIND11_MODULE(_C, m) {
+    m.attr("has_cuda") = copd::HAS_CUDA;
+    m.def("isa", [] { return copd::cpu().first; });
+    m.def("kl", &copd::kl);
+    m.def("logprob", &copd::logprob);
+    m.def("overlap", &copd::overlap);
+}

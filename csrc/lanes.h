@@ -1,0 +1,166 @@
+// What one lane computes with: a number on a GPU, a vector register of a CPU. A CPU's vectors take arithmetic and
+// comparisons from the compiler's vector extension (GCC, Clang); exp, expm1 and log1p are here. Their width follows from
+// what the file is compiled for.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+// Code for different processors lives in one library: a namespace each keeps the linker from mixing it up.
+#ifndef COPD_ISA
+#define COPD_ISA plain
+#endif
+
+#ifdef __CUDACC__
+#define COPD_FN __host__ __device__ __forceinline__
+#else
+#define COPD_FN inline __attribute__((always_inline))
+#endif
+
+namespace copd::COPD_ISA {
+
+template <class F> struct LaneOf {
+    using Number = F;
+    using Index = int32_t;
+};
+template <> struct LaneOf<double> {
+    using Number = double;
+    using Index = int64_t;
+};
+template <class F> using Index = typename LaneOf<F>::Index;
+template <class F> using Number = typename LaneOf<F>::Number;
+
+COPD_FN float exp_(float x) { return ::expf(x); }
+COPD_FN double exp_(double x) { return ::exp(x); }
+COPD_FN float expm1_(float x) { return ::expm1f(x); }
+COPD_FN double expm1_(double x) { return ::expm1(x); }
+COPD_FN float log1p_(float x) { return ::log1pf(x); }
+COPD_FN double log1p_(double x) { return ::log1p(x); }
+COPD_FN bool any(bool x) { return x; }
+
+#ifndef __CUDACC__
+
+#if defined(__AVX512F__)
+inline constexpr int VECTOR_BYTES = 64;
+#elif defined(__AVX__)
+inline constexpr int VECTOR_BYTES = 32;
+#else
+inline constexpr int VECTOR_BYTES = 16;
+#endif
+
+typedef float Floats __attribute__((vector_size(VECTOR_BYTES)));
+typedef double Doubles __attribute__((vector_size(VECTOR_BYTES)));
+typedef int32_t Ints __attribute__((vector_size(VECTOR_BYTES)));
+typedef int64_t Longs __attribute__((vector_size(VECTOR_BYTES)));
+
+template <> struct LaneOf<Floats> {
+    using Number = float;
+    using Index = Ints;
+};
+template <> struct LaneOf<Doubles> {
+    using Number = double;
+    using Index = Longs;
+};
+template <class S> struct VectorOf;
+template <> struct VectorOf<float> { using Type = Floats; };
+template <> struct VectorOf<double> { using Type = Doubles; };
+template <class S> using Vector = typename VectorOf<S>::Type;
+template <class S> inline constexpr int WIDTH = VECTOR_BYTES / sizeof(S);
+
+template <class I> COPD_FN bool any_lane(I mask) {
+    I none{};
+    return std::memcmp(&mask, &none, sizeof mask) != 0;
+}
+COPD_FN bool any(Ints mask) { return any_lane(mask); }
+COPD_FN bool any(Longs mask) { return any_lane(mask); }
+
+// How a number is laid out, and the coefficients that its precision needs.
+template <class F> struct Format;
+template <> struct Format<Floats> {
+    static constexpr int MANTISSA = 23, BIAS = 127, TERMS = 7, LOG_TERMS = 4;
+    // below LOWEST exp is 0 even as a subnormal number; LN2_HIGH times any exponent is exact
+    static constexpr float LOWEST = -104, LOG2E = 1.44269504f, LN2_HIGH = 0.693359375f, LN2_LOW = -2.12194440e-4f;
+    static constexpr int32_t ROOT_HALF = 0x3f3504f3;
+};
+template <> struct Format<Doubles> {
+    static constexpr int MANTISSA = 52, BIAS = 1023, TERMS = 13, LOG_TERMS = 10;
+    static constexpr double LOWEST = -746, LOG2E = 1.4426950408889634, LN2_HIGH = 0.693147180369123816490,
+                            LN2_LOW = 1.90821492927058770002e-10;
+    static constexpr int64_t ROOT_HALF = 0x3fe6a09e667f3bcd;
+};
+
+// 2**n for n in [-BIAS, BIAS]: 2**-BIAS comes out as 0
+template <class F> COPD_FN F power_of_two(Index<F> n) {
+    return (F)((n + Format<F>::BIAS) << Format<F>::MANTISSA);
+}
+
+struct Taylor {
+    double of_exp[16] = {1};
+    constexpr Taylor() {
+        for (int k = 1; k < 16; ++k) of_exp[k] = of_exp[k - 1] / k;
+    }
+};
+inline constexpr Taylor TAYLOR;
+
+// x = n log 2 + r; returns exp(r) - 1 by its Taylor series, |r| <= log(2) / 2
+template <class F> COPD_FN F reduced(F x, Index<F>& n) {
+    using K = Format<F>;
+    using S = Number<F>;
+    x = x < K::LOWEST ? F{} + K::LOWEST : x;
+    // adding and taking off 1.5 * 2**MANTISSA rounds to an integer, whose bits are then at the bottom
+    constexpr S ROUND = S(3) * S(int64_t(1) << (K::MANTISSA - 1));
+    F shifted = x * K::LOG2E + ROUND;
+    F whole = shifted - ROUND;
+    n = (Index<F>)shifted - (Index<F>)(F{} + ROUND);
+    F r = (x - whole * K::LN2_HIGH) - whole * K::LN2_LOW;
+    F sum = F{} + S(TAYLOR.of_exp[K::TERMS]);
+    for (int k = K::TERMS - 1; k > 1; --k) sum = r * sum + S(TAYLOR.of_exp[k]);
+    return r + r * r * sum;
+}
+
+// exp(x) for x <= 0, within two units in the last place; 0 where it is not a normal number, NaN for NaN
+template <class F> COPD_FN F exp_nonpositive(F x) {
+    Index<F> n;
+    F p = reduced(x, n);
+    // 2**n in two halves, so that results below the smallest normal number are reached
+    Index<F> half = n >> 1;
+    return (1 + p) * power_of_two<F>(half) * power_of_two<F>(n - half);
+}
+COPD_FN Floats exp_(Floats x) { return exp_nonpositive(x); }
+COPD_FN Doubles exp_(Doubles x) { return exp_nonpositive(x); }
+
+// exp(x) - 1 for x <= 0
+template <class F> COPD_FN F expm1_nonpositive(F x) {
+    Index<F> n;
+    F p = reduced(x, n);
+    Index<F> half = n >> 1;
+    F scale = power_of_two<F>(half) * power_of_two<F>(n - half);
+    return scale * p + (scale - 1);
+}
+COPD_FN Floats expm1_(Floats x) { return expm1_nonpositive(x); }
+COPD_FN Doubles expm1_(Doubles x) { return expm1_nonpositive(x); }
+
+// log(1 + y) for y > -1: 1 + y = 2**k (1 + f), and log(1 + f) = 2 atanh(f / (2 + f)) by its series
+template <class F> COPD_FN F log1p_above(F y) {
+    using K = Format<F>;
+    using S = Number<F>;
+    using I = Index<F>;
+    F w = 1 + y;
+    F lost = y - (w - 1);  // what rounding took off
+    I k = ((I)w - K::ROOT_HALF) >> K::MANTISSA;
+    F scale = power_of_two<F>(-k);
+    F f = (w * scale - 1) + lost * scale;
+    F s = f / (2 + f), square = s * s;
+    F sum = F{} + S(1) / S(2 * K::LOG_TERMS + 1);
+    for (int i = K::LOG_TERMS - 1; i > 0; --i) sum = S(1) / S(2 * i + 1) + square * sum;
+    F log_f = 2 * s + 2 * s * square * sum;
+    F n = __builtin_convertvector(k, F);
+    return (n * K::LN2_HIGH + log_f) + n * K::LN2_LOW;
+}
+COPD_FN Floats log1p_(Floats y) { return log1p_above(y); }
+COPD_FN Doubles log1p_(Doubles y) { return log1p_above(y); }
+
+#endif  // __CUDACC__
+
+}  // namespace copd::COPD_ISA

@@ -1,0 +1,259 @@
+// The mathematics of a row of logits, one text for the vector lanes of a CPU and the threads of a GPU.
+//
+// F is what one lane holds: a number on a GPU, a vector of numbers on a CPU. S is a plain number. Each lane folds the
+// columns it is given into a `Side`; sides merge exactly, in a fixed order. Everything is measured from a
+// distribution's own top token, because differences from there do not cancel. With p the softmax of z, c its top token,
+// and x = z - t against another distribution's logits t (x = z if there is none),
+//
+//     tail   = sum_{v != c} exp(z_v - z_c)                  1 - p_c = tail / (1 + tail), exact for p_c -> 1
+//     moment = sum_{v != c} exp(z_v - z_c) (x_v - x_c)      E_p[x] = x_c + moment / (1 + tail)
+//
+// from which the functions below make every divergence and its gradient. copd_kernels/rows/stats.py is the same in
+// PyTorch; copd_kernels/reference.py says what they mean.
+#pragma once
+
+#include "lanes.h"
+
+namespace copd::COPD_ISA {
+
+enum class Divergence { reverse, forward, symmetric, jsd };
+
+// stands for an infinite log-ratio: finite, so that zero mass times it is zero
+template <class S> inline constexpr S FAR = S(1e30);
+template <class S> inline constexpr S INFINITE = S(HUGE_VALF);
+
+// --- statistics -----------------------------------------------------------------------------------
+
+// One distribution seen from its top token, beside another one.
+template <class F> struct Side {
+    F max = F{} - INFINITE<Number<F>>;  // largest logit
+    Index<F> top = Index<F>{};          // its column, the lowest among equals
+    F tail = F{};                       // sum over all other columns of exp(z - max)
+    F cross = F{};                      // the other distribution's logit at `top`
+    F moment = F{};                     // sum over all other columns of exp(z - max) ((z - other) - (max - cross))
+
+    COPD_FN F p_top() const { return 1 / (1 + tail); }
+    COPD_FN F norm() const { return log1p_(tail); }
+    COPD_FN F mean() const { return moment / (1 + tail); }
+};
+
+// Adds N columns a lane: z, and `other` at the same columns col, col + step, ... The lane's columns come in ascending
+// order. A column of z = -inf counts nothing, which is how the caller fills up the last tile.
+template <bool MOMENT, int N, class F>
+COPD_FN void fold(Side<F>& side, const F (&z)[N], const F (&other)[N], Index<F> col, int step) {
+    using S = Number<F>;
+    F max = z[0], cross = other[0];
+    Index<F> top = col;
+    for (int i = 1; i < N; ++i) {
+        auto larger = z[i] > max;
+        max = larger ? z[i] : max;
+        cross = larger ? other[i] : cross;
+        top = larger ? col + i * step : top;
+    }
+    auto grew = max > side.max;
+    if (any(grew)) {
+        // the old top joins the others, and all of them are measured from the new one
+        F scale = exp_(side.max - max);
+        F moved = scale * (side.moment + (1 + side.tail) * ((side.max - side.cross) - (max - cross)));
+        side.moment = grew ? (scale > 0 ? moved : F{}) : side.moment;
+        side.tail = grew ? scale * (1 + side.tail) : side.tail;
+        side.max = grew ? max : side.max;
+        side.cross = grew ? cross : side.cross;
+        side.top = grew ? top : side.top;
+    }
+    // a lane without any mass has no finite largest logit to subtract
+    F base = side.max == -INFINITE<S> ? F{} : side.max;
+    F offset = side.max - side.cross;
+    F tail = F{}, moment = F{};
+    for (int i = 0; i < N; ++i) {
+        F e = exp_(z[i] - base);
+        e = col + i * step == side.top ? F{} : e;
+        tail += e;
+        if constexpr (MOMENT) {
+            F term = e * ((z[i] - other[i]) - offset);
+            moment += e == 0 ? F{} : term;  // no mass: nothing, however far the other side is
+        }
+    }
+    side.tail += tail;
+    if constexpr (MOMENT) side.moment += moment;
+}
+
+// The side of the columns of both.
+template <class S> COPD_FN Side<S> merge(const Side<S>& a, const Side<S>& b) {
+    bool first = a.max > b.max || (a.max == b.max && a.top <= b.top);
+    const Side<S>&keep = first ? a : b, &move = first ? b : a;
+    Side<S> side = keep;
+    S scale = move.max == -INFINITE<S> ? S(0) : exp_(move.max - keep.max);
+    S shift = (move.max - move.cross) - (keep.max - keep.cross);
+    S moved = scale * (move.moment + (1 + move.tail) * shift);
+    side.moment += scale > 0 ? moved : S(0);
+    side.tail += scale * (1 + move.tail);
+    return side;
+}
+
+// --- values ---------------------------------------------------------------------------------------
+
+// KL(a || b): infinite where b has no mass at a's top token (elsewhere the moment is)
+template <class S> COPD_FN S kl_from(const Side<S>& a, const Side<S>& b) {
+    return a.cross == -INFINITE<S> ? INFINITE<S> : b.norm() - a.norm() + (b.max - a.cross) + a.mean();
+}
+
+// u = log(p / m), w = log(q / m) for r = log(p / q), m = beta q + (1 - beta) p; exact near 0, finite throughout
+template <class F> COPD_FN void log_mix(F r, Number<F> beta, F& u, F& w) {
+    constexpr auto FAR_ = FAR<Number<F>>;
+    r = r > FAR_ ? F{} + FAR_ : r;
+    r = r < -FAR_ ? F{} - FAR_ : r;
+    r = r != r ? F{} : r;
+    auto lower = r < 0;
+    F near = lower ? r : -r;
+    F mix = log1p_((lower ? F{} + (1 - beta) : F{} + beta) * expm1_(near));
+    u = (lower ? r : F{}) - mix;
+    w = (lower ? F{} : -r) - mix;
+}
+
+// Sums over a row that the JSD needs once the norms of both sides are known.
+template <class F> struct JsdSums {
+    F to_teacher = F{};  // sum q log(q / m)
+    F to_student = F{};  // sum p log(p / m)
+    F moment = F{};      // sum p (u - u_c), c the student's top token
+};
+
+// What one student and one teacher mean to each other in one row.
+template <class S> struct Pair {
+    Side<S> s, t;
+    S gap = 0;     // log(1 + tail) of the student less the teacher's
+    S weight = 0;  // of this pair in the gradient
+    S offset = 0;  // what the gradient's x (or u) is measured from: its value at the student's top token
+    S mean = 0;    // expectation of that under p
+
+    COPD_FN S ratio_at_top() const { return -(s.cross - t.max) - gap; }
+
+    // p - q at the student's top token, from the tails where both have the same one
+    COPD_FN S top_difference() const {
+        return s.top == t.top ? t.tail * t.p_top() - s.tail * s.p_top()
+                              : s.p_top() - exp_(s.cross - t.max - t.norm());
+    }
+};
+
+template <class S> COPD_FN S value(Divergence d, const Pair<S>& pair) {
+    S reverse = d == Divergence::forward ? S(0) : kl_from(pair.s, pair.t);
+    S forward = d == Divergence::reverse ? S(0) : kl_from(pair.t, pair.s);
+    return reverse + forward;
+}
+
+template <class S> COPD_FN void prepare(Divergence d, S beta, Pair<S>& pair) {
+    pair.gap = pair.s.norm() - pair.t.norm();
+    pair.offset = pair.s.max - pair.s.cross;
+    pair.mean = pair.s.mean();
+    S unused;
+    if (d == Divergence::jsd) log_mix(pair.ratio_at_top(), beta, pair.offset, unused);
+}
+
+template <class F, class S> COPD_FN F log_ratio(F s, F t, const Pair<S>& pair) {
+    return (s - pair.s.max) - (t - pair.t.max) - pair.gap;
+}
+
+template <class F, class S>
+COPD_FN void jsd_term(JsdSums<F>& sums, F s, F t, Index<F> col, const Pair<S>& pair, S beta) {
+    F u, w;
+    log_mix<F>(log_ratio(s, t, pair), beta, u, w);
+    F p = exp_(s - pair.s.max) * pair.s.p_top();
+    F q = exp_(t - pair.t.max) * pair.t.p_top();
+    sums.to_teacher += q * w;
+    sums.to_student += p * u;
+    F term = p * (u - pair.offset);
+    sums.moment += col == pair.s.top ? F{} : term;
+}
+
+// Takes what the sums say; returns the divergence.
+template <class S> COPD_FN S settle(const JsdSums<S>& sums, S beta, Pair<S>& pair) {
+    pair.mean = sums.moment;
+    pair.weight *= 1 - beta;
+    return beta * sums.to_teacher + (1 - beta) * sums.to_student;
+}
+
+// --- gradients ------------------------------------------------------------------------------------
+
+// Per-row numbers that turn logits into the student's gradient, summed over its teachers j.
+//
+//     reverse    g_v = p_v (sum_j w_j (x_jv - x_jc) - centre)                 x_j = z - t_j
+//     forward    g_v = -p_v centre - sum_j w_j q_jv
+//     symmetric  g_v = p_v (sum_j w_j (x_jv - x_jc) - centre) - sum_j w_j q_jv
+//     jsd        g_v = p_v (sum_j w_j (u_jv - u_jc) - centre)                 u_j = log(p / m_j), w_j times 1 - beta
+//
+// and at the student's top token, where all of these cancel, at_top.
+template <class S> struct RowGradient {
+    S max = 0, p_top = 0;
+    Index<S> top = 0;
+    S centre = 0, at_top = 0;
+    S cap = 0;  // the student's softcap; 0 for none
+
+    COPD_FN RowGradient(Divergence d, const Pair<S>* pairs, int T, S cap) : cap(cap) {
+        max = pairs[0].s.max, top = pairs[0].s.top, p_top = pairs[0].s.p_top();
+        S total = 0, forward = 0;
+        for (int j = 0; j < T; ++j) {
+            // a masked row's statistics may be infinite or NaN: its weight of zero must win
+            if (pairs[j].weight == 0) continue;
+            total += pairs[j].weight;
+            centre += pairs[j].weight * pairs[j].mean;
+            if (d == Divergence::forward || d == Divergence::symmetric)
+                forward += pairs[j].weight * pairs[j].top_difference();
+        }
+        at_top = -centre * p_top;
+        if (d == Divergence::forward) centre = -total, at_top = forward;
+        if (d == Divergence::symmetric) centre -= total, at_top += forward;
+    }
+};
+
+// Adds teacher `pair` to what multiplies p (a) and to what is taken off (b).
+template <Divergence D, class F, class S> COPD_FN void teach(F s, F t, const Pair<S>& pair, S beta, F& a, F& b) {
+    if constexpr (D == Divergence::jsd) {
+        F u, w;
+        log_mix<F>(log_ratio(s, t, pair), beta, u, w);
+        a += pair.weight * (u - pair.offset);
+    }
+    if constexpr (D == Divergence::reverse || D == Divergence::symmetric)
+        a += pair.weight * ((s - t) - pair.offset);
+    if constexpr (D == Divergence::forward || D == Divergence::symmetric)
+        b += (pair.weight * pair.t.p_top()) * exp_(t - pair.t.max);
+}
+
+template <class F, class S> COPD_FN F through_cap(F g, F z, S cap) {
+    F ratio = z / cap;
+    return g * (1 - ratio * ratio);
+}
+
+template <class F, class S> COPD_FN F dlogit(F s, Index<F> col, F a, F b, const RowGradient<S>& row) {
+    F p = exp_(s - row.max) * row.p_top;
+    F g = p * (a - row.centre);
+    g = (p == 0 ? F{} : g) - b;  // no mass: nothing, however large a is
+    g = col == row.top ? F{} + row.at_top : g;
+    return row.cap == 0 ? g : through_cap(g, s, row.cap);
+}
+
+// --- log-probabilities ----------------------------------------------------------------------------
+
+// g_v = dlogp (1[v = token] - p_v) - dentropy p_v (log p_v + entropy) + dlse p_v
+template <class S> struct LogProbGradient {
+    S max, p_top, mean, dlogp, dentropy, dlse, at_top, cap;
+    Index<S> top, token;
+
+    COPD_FN LogProbGradient(const Side<S>& side, Index<S> token, S dlogp, S dentropy, S dlse, S cap)
+        : max(side.max), p_top(side.p_top()), mean(side.mean()), dlogp(dlogp), dentropy(dentropy), dlse(dlse),
+          cap(cap), top(side.top), token(token) {
+        S own = token == side.top ? side.tail * p_top : -p_top;
+        at_top = dlogp * own + (dentropy * mean + dlse) * p_top;
+    }
+};
+
+template <class F, class S> COPD_FN F dlogit(F z, Index<F> col, const LogProbGradient<S>& row) {
+    F x = z - row.max;
+    F p = exp_(x) * row.p_top;
+    F g = p * ((row.dlse - row.dlogp) - row.dentropy * (x - row.mean));
+    g = p == 0 ? F{} : g;
+    g += col == row.token ? F{} + row.dlogp : F{};
+    g = col == row.top ? F{} + row.at_top : g;
+    return row.cap == 0 ? g : through_cap(g, z, row.cap);
+}
+
+}  // namespace copd::COPD_ISA

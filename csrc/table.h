@@ -1,0 +1,60 @@
+// What bindings.cpp calls: the same functions for every processor, and the arguments they share.
+#pragma once
+
+#include <cstdint>
+
+namespace copd {
+
+enum class Type { float32, float64, float16, bfloat16 };
+
+// A chunk's logits (H, R, V), contiguous, float32 or float64; per-token numbers are in the same type.
+struct Logits {
+    const void* z;
+    Type type;
+    int heads;
+    int64_t R, V;
+};
+
+// The gradient (R, V) with respect to the student's logits before its softcap; null for none. It may be those logits.
+struct Gradient {
+    void* dlogits;
+    Type type;
+    double cap;  // the student's softcap over temperature; 0 for none
+};
+
+struct KlArguments {
+    Logits logits;
+    int student;
+    const int* teachers;  // T heads
+    int T;
+    int divergence;      // of rows.h
+    double beta;         // of jsd
+    const void* weight;  // (T, R), of the gradient alone; null without one
+    Gradient gradient;
+    void* value;  // (T, R)
+};
+
+struct LogProbArguments {
+    Logits logits;
+    const int64_t* tokens;  // (R,)
+    void *logp, *entropy, *lse;                  // (R,) results; null where a gradient is asked for
+    const void *dlogp, *dentropy, *dlse;         // (R,) upstream; null where results are
+    Gradient gradient;
+};
+
+struct OverlapArguments {
+    Logits logits;
+    int student;
+    const int* teachers;
+    int T;
+    int64_t k;
+    void* value;  // (T, R)
+};
+
+struct CpuRows {
+    void (*kl)(const KlArguments&, int threads);
+    void (*logprob)(const LogProbArguments&, int threads);
+    void (*overlap)(const OverlapArguments&, int threads);
+};
+
+}  // namespace copd
