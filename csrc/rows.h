@@ -37,43 +37,59 @@ template <class F> struct Side {
     COPD_FN F mean() const { return moment / (1 + tail); }
 };
 
-// Adds N columns a lane: z, and `other` at the same columns col, col + step, ... The lane's columns come in ascending
+// What a tile adds to the tail and the moment. CAREFUL leaves the top token out, and a column without mass counts nothing
+// however far the other side is; without it the top token must be elsewhere.
+template <bool MOMENT, bool CAREFUL, int N, class F>
+COPD_FN void sum_up(const Side<F>& side, const F (&z)[N], const F (&other)[N], Index<F> col, int step, F& tail,
+                    F& moment) {
+    // a lane without any mass has no finite largest logit to subtract
+    F base = side.max == -INFINITE<Number<F>> ? F{} : side.max;
+    F offset = side.max - side.cross;
+    tail = F{}, moment = F{};
+    for (int i = 0; i < N; ++i) {
+        F e = exp_(z[i] - base);
+        if constexpr (CAREFUL) e = col + i * step == side.top ? F{} : e;
+        tail += e;
+        if constexpr (MOMENT) {
+            F term = e * ((z[i] - other[i]) - offset);
+            if constexpr (CAREFUL) term = e == 0 ? F{} : term;
+            moment += term;
+        }
+    }
+}
+
+// Adds N columns a lane: z, and `other` at the same columns col, col + step, ... A lane's columns come in ascending
 // order. A column of z = -inf counts nothing, which is how the caller fills up the last tile.
 template <bool MOMENT, int N, class F>
 COPD_FN void fold(Side<F>& side, const F (&z)[N], const F (&other)[N], Index<F> col, int step) {
-    using S = Number<F>;
-    F max = z[0], cross = other[0];
-    Index<F> top = col;
-    for (int i = 1; i < N; ++i) {
-        auto larger = z[i] > max;
-        max = larger ? z[i] : max;
-        cross = larger ? other[i] : cross;
-        top = larger ? col + i * step : top;
-    }
+    F max = z[0];
+    for (int i = 1; i < N; ++i) max = z[i] > max ? z[i] : max;
     auto grew = max > side.max;
-    if (any(grew)) {
+    bool careful = any(grew);
+    if (careful) {
+        F cross = other[N - 1];
+        Index<F> top = col + (N - 1) * step;
+        for (int i = N - 2; i >= 0; --i) {
+            cross = z[i] == max ? other[i] : cross;
+            top = z[i] == max ? col + i * step : top;
+        }
         // the old top joins the others, and all of them are measured from the new one
         F scale = exp_(side.max - max);
         F moved = scale * (side.moment + (1 + side.tail) * ((side.max - side.cross) - (max - cross)));
+        // mass where the other side has none
+        moved = side.cross == -INFINITE<Number<F>> ? F{} + INFINITE<Number<F>> : moved;
         side.moment = grew ? (scale > 0 ? moved : F{}) : side.moment;
         side.tail = grew ? scale * (1 + side.tail) : side.tail;
         side.max = grew ? max : side.max;
         side.cross = grew ? cross : side.cross;
         side.top = grew ? top : side.top;
     }
-    // a lane without any mass has no finite largest logit to subtract
-    F base = side.max == -INFINITE<S> ? F{} : side.max;
-    F offset = side.max - side.cross;
-    F tail = F{}, moment = F{};
-    for (int i = 0; i < N; ++i) {
-        F e = exp_(z[i] - base);
-        e = col + i * step == side.top ? F{} : e;
-        tail += e;
-        if constexpr (MOMENT) {
-            F term = e * ((z[i] - other[i]) - offset);
-            moment += e == 0 ? F{} : term;  // no mass: nothing, however far the other side is
-        }
+    F tail, moment;
+    if (!careful) {
+        sum_up<MOMENT, false>(side, z, other, col, step, tail, moment);
+        careful = any(moment - moment != 0);  // infinite or NaN: a logit is
     }
+    if (careful) sum_up<MOMENT, true>(side, z, other, col, step, tail, moment);
     side.tail += tail;
     if constexpr (MOMENT) side.moment += moment;
 }
@@ -86,6 +102,8 @@ template <class S> COPD_FN Side<S> merge(const Side<S>& a, const Side<S>& b) {
     S scale = move.max == -INFINITE<S> ? S(0) : exp_(move.max - keep.max);
     S shift = (move.max - move.cross) - (keep.max - keep.cross);
     S moved = scale * (move.moment + (1 + move.tail) * shift);
+    // mass where the other side has none
+    moved = move.cross == -INFINITE<S> ? INFINITE<S> : moved;
     side.moment += scale > 0 ? moved : S(0);
     side.tail += scale * (1 + move.tail);
     return side;
@@ -223,12 +241,17 @@ template <class F, class S> COPD_FN F through_cap(F g, F z, S cap) {
     return g * (1 - ratio * ratio);
 }
 
-template <class F, class S> COPD_FN F dlogit(F s, Index<F> col, F a, F b, const RowGradient<S>& row) {
+// Everywhere but at the top token, where the caller writes `at_top` through the cap.
+template <class F, class S> COPD_FN F dlogit(F s, F a, F b, const RowGradient<S>& row) {
     F p = exp_(s - row.max) * row.p_top;
     F g = p * (a - row.centre);
     g = (p == 0 ? F{} : g) - b;  // no mass: nothing, however large a is
-    g = col == row.top ? F{} + row.at_top : g;
     return row.cap == 0 ? g : through_cap(g, s, row.cap);
+}
+
+// The gradient at the top token, through the cap.
+template <class Row> COPD_FN auto at_top(const Row& row) {
+    return row.cap == 0 ? row.at_top : through_cap(row.at_top, row.max, row.cap);
 }
 
 // --- log-probabilities ----------------------------------------------------------------------------
@@ -246,13 +269,13 @@ template <class S> struct LogProbGradient {
     }
 };
 
+// Everywhere but at the top token, as above.
 template <class F, class S> COPD_FN F dlogit(F z, Index<F> col, const LogProbGradient<S>& row) {
     F x = z - row.max;
     F p = exp_(x) * row.p_top;
     F g = p * ((row.dlse - row.dlogp) - row.dentropy * (x - row.mean));
     g = p == 0 ? F{} : g;
     g += col == row.token ? F{} + row.dlogp : F{};
-    g = col == row.top ? F{} + row.at_top : g;
     return row.cap == 0 ? g : through_cap(g, z, row.cap);
 }
 

@@ -125,10 +125,10 @@ void differentiate(const S* student, const S* const* teachers, int T, int64_t V,
             auto t = load(teachers[j], col, V, -INFINITE<S>);
             for (int i = 0; i < N; ++i) teach<D>(s.x[i], t.x[i], pairs[j], beta, a.x[i], b.x[i]);
         }
-        for (int i = 0; i < N; ++i)
-            a.x[i] = dlogit(s.x[i], columns<S>(col + i * WIDTH<S>), a.x[i], b.x[i], row);
+        for (int i = 0; i < N; ++i) a.x[i] = dlogit(s.x[i], a.x[i], b.x[i], row);
         store(out, col, V, a);
     }
+    out[row.top] = narrow(at_top(row), Out{});
 }
 
 template <Divergence D, class S, class Out> void kl_rows(const KlArguments& args, int threads) {
@@ -177,12 +177,14 @@ template <class S, class Out> void logprob_rows(const LogProbArguments& args, in
         auto at = [r](const void* numbers) { return ((const S*)numbers)[r]; };
         LogProbGradient<S> gradient(side, (Index<S>)args.tokens[r], at(args.dlogp), at(args.dentropy), at(args.dlse),
                                     S(args.gradient.cap));
+        Out* out = (Out*)args.gradient.dlogits + r * V;
         for (int64_t col = 0; col < V; col += N * WIDTH<S>) {
             auto tile = load(row, col, V, -INFINITE<S>);
             for (int i = 0; i < N; ++i)
                 tile.x[i] = dlogit(tile.x[i], columns<S>(col + i * WIDTH<S>), gradient);
-            store((Out*)args.gradient.dlogits + r * V, col, V, tile);
+            store(out, col, V, tile);
         }
+        out[gradient.top] = narrow(at_top(gradient), Out{});
     }
 }
 

@@ -213,6 +213,19 @@ def test_a_word_only_the_teacher_excludes_makes_reverse_kl_infinite(word, backen
 
 
 @pytest.mark.parametrize(("backend", "device"), RUNS)
+@pytest.mark.parametrize("word", [1, 700, 5000, 8999])
+def test_reverse_kl_is_infinite_wherever_in_a_long_row_the_excluded_word_is(word, backend, device):
+    """The word is the largest of its tile, not of the row, so nothing may subtract its infinite log-ratio."""
+    student, teacher = make(1, 8, 9000, device=device), make(1, 8, 9000, device=device)
+    ranks = torch.zeros(9000, device=device)
+    ranks[word], ranks[4000] = 30, 40
+    excluded = torch.zeros(9000, device=device)
+    excluded[word] = -torch.inf
+    student, teacher = Head(student.hidden, student.lm_head, ranks), Head(teacher.hidden, teacher.lm_head, excluded)
+    assert kl(student, teacher, divergence="reverse", backend=backend).item() == torch.inf
+
+
+@pytest.mark.parametrize(("backend", "device"), RUNS)
 @pytest.mark.parametrize("weight", [None, 0.0])
 def test_no_token_gives_zero_loss_and_zero_gradients(weight, backend, device):
     N = 0 if weight is None else 5

@@ -28,6 +28,9 @@ def _fold(x, delta, cols, m, top, tail, offset, moment):
     new = tl.where(tile_m == float("-inf"), 0.0, tl.exp(tile_m - largest))
     moved_new = new * (tile_moment + (1 + tile_tail) * (tile_offset - offset))
     moved_old = old * (moment + (1 + tail) * (offset - tile_offset))
+    # an infinite offset: mass where the other side has none
+    moved_new = tl.where(tile_offset == float("inf"), float("inf"), moved_new)
+    moved_old = tl.where(offset == float("inf"), float("inf"), moved_old)
     moment = tl.where(keep, moment + tl.where(new > 0, moved_new, 0.0), tile_moment + tl.where(old > 0, moved_old, 0.0))
     tail = tl.where(keep, tail + new * (1 + tile_tail), tile_tail + old * (1 + tail))
     offset = tl.where(keep, offset, tile_offset)

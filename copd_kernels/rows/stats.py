@@ -70,6 +70,8 @@ def merge(pieces: Side) -> Side:
     cross = pick(pieces.cross, winner)
     shift = offset - (largest - cross.unsqueeze(-1))
     moved = pieces.moment + (1 + pieces.tail) * torch.where(is_winner, 0, shift)
+    # mass where the other side has none
+    moved = torch.where((pieces.cross == -torch.inf) & ~is_winner, torch.inf, moved)
     moment = torch.where(factor == 0, 0, factor * moved).sum(-1)
     return Side(largest.squeeze(-1), pick(pieces.top, winner), tail, cross, moment)
 
