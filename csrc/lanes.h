@@ -13,7 +13,7 @@
 #endif
 
 #ifdef __CUDACC__
-#define COPD_FN __host__ __device__ __forceinline__
+#define COPD_FN __device__ __forceinline__
 #else
 #define COPD_FN inline __attribute__((always_inline))
 #endif
@@ -31,13 +31,23 @@ template <> struct LaneOf<double> {
 template <class F> using Index = typename LaneOf<F>::Index;
 template <class F> using Number = typename LaneOf<F>::Number;
 
+#ifdef __CUDACC__
+// Two instructions. Its relative error grows with |x|, but what has mass is near 0: |x| exp(x) <= 0.37.
+COPD_FN float exp_(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.44269504f));
+    return y;
+}
+#else
 COPD_FN float exp_(float x) { return ::expf(x); }
+#endif
 COPD_FN double exp_(double x) { return ::exp(x); }
 COPD_FN float expm1_(float x) { return ::expm1f(x); }
 COPD_FN double expm1_(double x) { return ::expm1(x); }
 COPD_FN float log1p_(float x) { return ::log1pf(x); }
 COPD_FN double log1p_(double x) { return ::log1p(x); }
 COPD_FN bool any(bool x) { return x; }
+template <class F> COPD_FN F larger(F a, F b) { return a > b ? a : b; }
 
 #ifndef __CUDACC__
 

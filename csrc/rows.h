@@ -63,7 +63,7 @@ COPD_FN void sum_up(const Side<F>& side, const F (&z)[N], const F (&other)[N], I
 template <bool MOMENT, int N, class F>
 COPD_FN void fold(Side<F>& side, const F (&z)[N], const F (&other)[N], Index<F> col, int step) {
     F max = z[0];
-    for (int i = 1; i < N; ++i) max = z[i] > max ? z[i] : max;
+    for (int i = 1; i < N; ++i) max = larger(z[i], max);
     auto grew = max > side.max;
     bool careful = any(grew);
     if (careful) {
@@ -97,7 +97,12 @@ COPD_FN void fold(Side<F>& side, const F (&z)[N], const F (&other)[N], Index<F> 
 // The side of the columns of both.
 template <class S> COPD_FN Side<S> merge(const Side<S>& a, const Side<S>& b) {
     bool first = a.max > b.max || (a.max == b.max && a.top <= b.top);
-    const Side<S>&keep = first ? a : b, &move = first ? b : a;
+    // field by field: a choice of addresses would put both into memory
+    auto choose = [](bool a_wins, const Side<S>& a, const Side<S>& b) {
+        return Side<S>{a_wins ? a.max : b.max, a_wins ? a.top : b.top, a_wins ? a.tail : b.tail,
+                       a_wins ? a.cross : b.cross, a_wins ? a.moment : b.moment};
+    };
+    const Side<S> keep = choose(first, a, b), move = choose(!first, a, b);
     Side<S> side = keep;
     S scale = move.max == -INFINITE<S> ? S(0) : exp_(move.max - keep.max);
     S shift = (move.max - move.cross) - (keep.max - keep.cross);
@@ -206,6 +211,7 @@ template <class S> struct RowGradient {
     S centre = 0, at_top = 0;
     S cap = 0;  // the student's softcap; 0 for none
 
+    RowGradient() = default;
     COPD_FN RowGradient(Divergence d, const Pair<S>* pairs, int T, S cap) : cap(cap) {
         max = pairs[0].s.max, top = pairs[0].s.top, p_top = pairs[0].s.p_top();
         S total = 0, forward = 0;
