@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from copd import config, evaluate, study, train
+from copd import config, evaluate, report, study, train
 from copd.branch import Branch
 from copd.config import MergeConfig
 from copd.merge import merge
@@ -65,9 +65,9 @@ def merge_main(argv: list[str]) -> None:
 def report_main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="copd report", description="Writes results.md and report.html of a folder.")
     parser.add_argument("directory", type=Path, help="a run, or a folder of runs")
-    from copd import report
-
-    report.write(parser.parse_args(argv).directory)
+    parser.add_argument("--output", type=Path, help="where to write, instead of there: all but the runs themselves")
+    args = parser.parse_args(argv)
+    report.write(args.directory, args.output)
 
 
 COMMANDS = {

@@ -197,7 +197,7 @@ class EvalConfig:
     every: int = 0
     """steps between accuracies of all branches; 0 for the start and the end only"""
     divergence_every: int | None = None
-    """steps between overlaps and KLs between branches; None is `every`; below a phase's length they show the saw-tooth"""
+    """steps between overlaps and KLs between branches; None is `every`; a few to a phase show its saw-tooth"""
     prompts: int = 300
     """held-out prompts of each domain at the end"""
     samples: int = 2
