@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test test-slow lint bench clean
 
 setup: .venv/ready
 
@@ -23,6 +23,9 @@ lint: setup
 
 test: lint
 	$(BIN)/python -m pytest -q -n 2 --durations=10
+
+test-slow: setup
+	$(BIN)/python -m pytest -q -s -m slow
 
 bench: setup
 	$(BIN)/python -m bench.compare --rounds 1 --N 1024 --V 32768 --D 256
