@@ -42,17 +42,19 @@ def ninja_file(cxx: str, nvcc: str | None, output: Path) -> str:
         f"  command = {cxx} {flags} -MMD -MF $out.d $options -c $in -o $out",
         "  depfile = $out.d",
         "rule link",
-        f"  command = {cxx} -shared -fopenmp {link} $in -o $out $libraries",
+        # nvcc knows where its static runtime is
+        f"  command = {nvcc} -shared -cudart static -Xcompiler -fopenmp $in -o $out"
+        if nvcc
+        else f"  command = {cxx} -shared -fopenmp {link} $in -o $out",
     ]
     objects = [f"rows_{isa}.o" for isa in ISAS]
     lines += [
         f"build rows_{isa}.o: cxx {CSRC / 'rows_cpu.cpp'}\n  options = -DCOPD_ISA={isa} {march}"
         for isa, march in ISAS.items()
     ]
-    options, libraries = "-DCOPD_X86" if len(ISAS) > 1 else "", ""
+    options = "-DCOPD_X86" if len(ISAS) > 1 else ""
     if nvcc:
         options, objects = f"{options} -DCOPD_CUDA", [*objects, "rows_cuda.o"]
-        libraries = f"-L{Path(nvcc).resolve().parent.parent / 'lib64'} -lcudart_static -ldl -lrt -lpthread"
         strict = "-Xptxas -warn-spills,-warn-lmem-usage,-Werror"
         lines += [
             "rule nvcc",
@@ -63,7 +65,7 @@ def ninja_file(cxx: str, nvcc: str | None, output: Path) -> str:
         ]
     lines += [
         f"build bindings.o: cxx {CSRC / 'bindings.cpp'}\n  options = {options} {includes}",
-        f"build {output}: link bindings.o {' '.join(objects)}\n  libraries = {libraries}",
+        f"build {output}: link bindings.o {' '.join(objects)}",
     ]
     return "\n".join(lines) + "\n"
 

@@ -21,7 +21,8 @@ import os
 from pathlib import Path
 from types import ModuleType
 
-import torch
+from torch import device as Device
+from torch.cuda import get_device_capability
 
 from copd_kernels.checks import check_option
 
@@ -30,7 +31,7 @@ BACKENDS = ("torch", "triton", "native")
 DEFAULTS = {"cuda": ("triton", "torch"), "cpu": ("native", "torch")}
 
 
-def resolve(op: str, backend: str | None, device: torch.device) -> str:
+def resolve(op: str, backend: str | None, device: Device) -> str:
     """The backend's name: the argument, COPD_BACKEND, or the fastest this machine has for the device."""
     name = backend or os.environ.get("COPD_BACKEND")
     if name:
@@ -42,7 +43,7 @@ def resolve(op: str, backend: str | None, device: torch.device) -> str:
     return next(name for name in DEFAULTS.get(device.type, ("torch",)) if missing(name, device) is None)
 
 
-def missing(name: str, device: torch.device) -> str | None:
+def missing(name: str, device: Device) -> str | None:
     """Why a backend cannot run on this device, with what would change that; None if it can."""
     if name == "triton":
         if importlib.util.find_spec("triton") is None:
@@ -73,12 +74,12 @@ def native_failure() -> str | None:
     return None
 
 
-def native_cuda_missing(device: torch.device) -> str | None:
+def native_cuda_missing(device: Device) -> str | None:
     from copd_kernels import _C
 
     if not _C.has_cuda:
         return "csrc/ is built without its CUDA part; run `COPD_CUDA=1 pip install -e .` with nvcc"
-    major, minor = torch.cuda.get_device_capability(device)
+    major, minor = get_device_capability(device)
     # binaries run on later minor versions; the sm_90a part on 9.0 alone
     if major == 8 or (major, minor) == (9, 0) or major == 10:
         return None

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from copd_kernels import _C
-from copd_kernels.rows import torch as torch_rows
+from copd_kernels.rows.torch import overlap as torch_overlap
 
 # in the order of rows.h
 DIVERGENCES = ("reverse", "forward", "symmetric", "jsd")
@@ -74,7 +74,7 @@ def kl(
 
 def overlap(z: Tensor, student: int, teachers: list[int], k: int) -> Tensor:
     if z.is_cuda:
-        return torch_rows.overlap(z, student, teachers, k)
+        return torch_overlap(z, student, teachers, k)
     value = z.new_empty(len(teachers), z.shape[1])
     _C.overlap(z.data_ptr(), name(z), *z.shape, student, teachers, k, value.data_ptr(), torch.get_num_threads())
     return value

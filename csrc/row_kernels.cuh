@@ -1,0 +1,420 @@
+// What a GPU's threads do with rows. Two ways to read a row, one way to work on it:
+//
+//   FromMemory   a block a row, each sweep reads device memory again: any architecture, type, alignment and width
+//   FromCluster  sm_90 and later: the blocks of a cluster hold a row of every head in their shared memory, so a logit is
+//                read from device memory once. Bulk copies fill a ring of segments and complete on its mbarriers; a
+//                segment is refilled for a later row as soon as the last sweep is through with it.
+//
+// A row's sums merge in a fixed order (threads, warps, blocks), and no result depends on timing.
+
+#pragma once
+
+#ifdef __CUDACC__
+#include "hopper.cuh"
+#endif
+#include "rows.h"
+
+namespace copd::cuda {
+namespace {
+
+namespace cg = cooperative_groups;
+
+#ifndef COPD_THREADS
+#define COPD_THREADS 512
+#endif
+constexpr int THREADS = COPD_THREADS, WARPS = THREADS / 32;
+constexpr int MAX_TEACHERS = 16;
+
+template <class S> struct Sides {
+    Side<S> s, t;
+};
+
+template <class S> __device__ Sides<S> merge(const Sides<S>& a, const Sides<S>& b) {
+    return {merge(a.s, b.s), merge(a.t, b.t)};
+}
+
+template <class S> __device__ JsdSums<S> merge(const JsdSums<S>& a, const JsdSums<S>& b) {
+    return {a.to_teacher + b.to_teacher, a.to_student + b.to_student, a.moment + b.moment};
+}
+
+// What a kernel is told, by value.
+template <class S, class Out> struct Work {
+    const S* z;  // (H, R, V)
+    int64_t R, V;
+    int student, T;
+    int teachers[MAX_TEACHERS];
+    S beta, cap;
+    const S* weight;  // (T, R)
+    S* value;         // (T, R)
+    Out* dlogits;     // (R, V)
+    bool aligned;     // rows start at multiples of 16 bytes
+
+    const int64_t* tokens;  // (R,), of logprob
+    S* results[3];
+    const S* upstream[3];
+
+    __device__ const S* row(int head, int64_t r) const { return z + (head * R + r) * V; }
+};
+
+// Shared memory of a block beside the logits.
+template <class S> struct Scratch {
+    Sides<S> sides[WARPS];
+    JsdSums<S> sums[WARPS];
+    Sides<S> partial_sides[2][MAX_TEACHERS];
+    JsdSums<S> partial_sums[2][MAX_TEACHERS];
+    Pair<S> pairs[MAX_TEACHERS];
+    RowGradient<S> gradient;
+};
+
+// --- reading a row --------------------------------------------------------------------------------
+
+template <class S> struct FromMemory {
+    static constexpr int N = sizeof(S) == 4 ? 8 : 2;  // columns a thread and tile
+    const S* base;
+    int64_t R, V;
+    bool aligned;
+
+    template <class Out> __device__ FromMemory(const Work<S, Out>& work)
+        : base(work.z), R(work.R), V(work.V), aligned(work.aligned) {}
+
+    __device__ int64_t first_row() const { return blockIdx.x; }
+    __device__ int64_t row_step() const { return gridDim.x; }
+    __device__ int64_t begin() const { return 0; }
+    __device__ int64_t end() const { return V; }
+    __device__ void wait(int) {}
+    __device__ void release(int) {}
+    __device__ void finish_row(bool) { __syncthreads(); }
+    __device__ void finish() {}
+    template <class X> __device__ X combined(const X (&partial)[2][MAX_TEACHERS], int turn, int count) {
+        __syncthreads();
+        return partial[turn][(int)threadIdx.x < count ? threadIdx.x : 0];
+    }
+
+    __device__ void load(int, int head, int64_t r, int64_t col, S (&x)[N]) const {
+        const S* from = base + (head * R + r) * V + col;
+        if (aligned && col + N <= V) {
+            constexpr int STEP = 16 / sizeof(S);
+#pragma unroll
+            for (int i = 0; i < N; i += STEP) {
+                int4 bits = *reinterpret_cast<const int4*>(from + i);
+                memcpy(&x[i], &bits, 16);
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < N; ++i) x[i] = col + i < V ? from[i] : -INFINITE<S>;
+        }
+    }
+};
+
+constexpr int SEGMENT = THREADS * 4;  // columns that a block's threads read at once
+
+// The cut of a row for a cluster: `slice` columns a block, in segments; `slots` segments of all heads fit its memory.
+struct Ring {
+    int blocks, slice, segments, slots, heads;
+    size_t bytes() const { return (size_t)slots * (heads * SEGMENT * sizeof(float) + sizeof(uint64_t)); }
+};
+
+// The smallest cluster whose blocks hold a row of all heads with a fifth to spare for the next row, else the smallest
+// that holds it at all; no blocks if none does.
+inline Ring cut(int64_t V, int heads, size_t shared_bytes) {
+    Ring best{0, 0, 0, 0, heads};
+    size_t slot_bytes = heads * SEGMENT * sizeof(float) + sizeof(uint64_t);
+    int slots = shared_bytes / slot_bytes;
+    for (int blocks : {1, 2, 4, 8, 16}) {
+        int64_t slice = (V + blocks - 1) / blocks;
+        slice = (slice + 3) / 4 * 4;  // bulk copies take multiples of 16 bytes
+        int64_t segments = (slice + SEGMENT - 1) / SEGMENT;
+        if (segments > slots) continue;
+        if (!best.blocks) best = {blocks, (int)slice, (int)segments, slots, heads};
+        if (slots * 5 >= segments * 6) return {blocks, (int)slice, (int)segments, slots, heads};
+    }
+    return best;
+}
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+struct FromCluster {
+    static constexpr int N = 4;
+    const float* z;
+    int64_t R, V;
+    Ring ring;
+    float* buffer;       // [slots][heads][SEGMENT]
+    uint64_t* barriers;  // [slots]
+    int64_t row, step;   // the cluster's current row and the way to its next
+    int start, stop;     // columns of this block
+    int slot = 0;        // of the row's first segment
+    uint32_t parity = 0; // of that slot's barrier
+
+    template <class Out> __device__ FromCluster(const Work<float, Out>& work, const Ring& ring, float* shared)
+        : z(work.z), R(work.R), V(work.V), ring(ring), buffer(shared),
+          barriers(reinterpret_cast<uint64_t*>(shared + ring.slots * ring.heads * SEGMENT)),
+          row(blockIdx.x / ring.blocks), step(gridDim.x / ring.blocks) {
+        start = min((int64_t)cg::this_cluster().block_rank() * ring.slice, V);
+        stop = min((int64_t)start + ring.slice, V);
+        if (threadIdx.x == 0) {
+            for (int i = 0; i < ring.slots; ++i) hopper::init(barriers + i);
+            hopper::publish();
+            for (int i = 0; i < ring.slots; ++i) request(i);
+        }
+        __syncthreads();
+    }
+
+    __device__ int64_t first_row() const { return row; }
+    __device__ int64_t row_step() const { return step; }
+    __device__ int64_t begin() const { return start; }
+    __device__ int64_t end() const { return stop; }
+
+    // Thread 0 asks for the segment that comes `ahead` of this row's first one, if there is one.
+    __device__ void request(int ahead) {
+        int64_t from_row = row + ahead / ring.segments * step;
+        if (from_row >= R) return;
+        int place = (slot + ahead) % ring.slots, col = start + ahead % ring.segments * SEGMENT;
+        int bytes = max(0, min(SEGMENT, stop - col)) * (int)sizeof(float);
+        hopper::expect(barriers + place, bytes * ring.heads);
+        for (int head = 0; head < ring.heads && bytes; ++head)
+            hopper::copy(buffer + (place * ring.heads + head) * SEGMENT, z + (head * R + from_row) * V + col, bytes,
+                         barriers + place);
+    }
+
+    // Waits for segment i of this row.
+    __device__ void wait(int i) {
+        int place = slot + i;
+        bool wrapped = place >= ring.slots;
+        hopper::wait(barriers + (wrapped ? place - ring.slots : place), parity ^ (uint32_t)wrapped);
+    }
+
+    __device__ void load(int i, int head, int64_t, int64_t, float (&x)[N]) const {
+        int place = slot + i;
+        place = place >= ring.slots ? place - ring.slots : place;
+        const float* from = buffer + (place * ring.heads + head) * SEGMENT + threadIdx.x * N;
+        float4 four = *reinterpret_cast<const float4*>(from);
+        x[0] = four.x, x[1] = four.y, x[2] = four.z, x[3] = four.w;
+    }
+
+    // Every thread is through with segment i: its slot takes a later one.
+    __device__ void release(int i) {
+        __syncthreads();
+        if (threadIdx.x == 0) request(i + ring.slots);
+    }
+
+    // Refills what the sweeps have not released; a block whose slice is short passes over segments without columns.
+    __device__ void finish_row(bool released) {
+        __syncthreads();
+        int swept = released ? (stop - start + SEGMENT - 1) / SEGMENT : 0;
+        for (int i = swept; i < ring.segments && threadIdx.x == 0; ++i) request(i + ring.slots);
+        row += step;
+        slot += ring.segments;
+        if (slot >= ring.slots) slot -= ring.slots, parity ^= 1;
+    }
+
+    // No block may leave while another reads its shared memory.
+    __device__ void finish() { cg::this_cluster().sync(); }
+
+    // Thread j < count gets partial[turn][j] of all blocks, merged in their order. Whoever writes this copy again has
+    // passed the barrier of the other copy's turn, which every reader reached after reading.
+    template <class X> __device__ X combined(const X (&partial)[2][MAX_TEACHERS], int turn, int count) {
+        auto cluster = cg::this_cluster();
+        cluster.sync();
+        int j = (int)threadIdx.x < count ? threadIdx.x : 0;
+        X all = partial[turn][j];
+        if ((int)threadIdx.x < count) {
+            all = *cluster.map_shared_rank(&partial[turn][j], 0);
+            for (int rank = 1; rank < ring.blocks; ++rank)
+                all = merge(all, *cluster.map_shared_rank(&partial[turn][j], rank));
+        }
+        return all;
+    }
+};
+#endif
+
+// --- working on a row -----------------------------------------------------------------------------
+
+// Merges what the threads of a block hold; thread 0 gets it.
+template <class X> __device__ X reduce(X x, X (&shared)[WARPS]) {
+    auto from_lane = [](X mine, int offset) {
+        X theirs;
+        constexpr int WORDS = sizeof(X) / 4;
+        uint32_t words[WORDS];
+        memcpy(words, &mine, sizeof(X));
+#pragma unroll
+        for (int i = 0; i < WORDS; ++i) words[i] = __shfl_down_sync(~0u, words[i], offset);
+        memcpy(&theirs, words, sizeof(X));
+        return theirs;
+    };
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+    for (int offset = 16; offset; offset /= 2) x = merge(x, from_lane(x, offset));
+    __syncthreads();
+    if (lane == 0) shared[warp] = x;
+    __syncthreads();
+    if (warp == 0) {
+        x = shared[lane % WARPS];
+#pragma unroll
+        for (int offset = WARPS / 2; offset; offset /= 2) x = merge(x, from_lane(x, offset));
+    }
+    return x;
+}
+
+__device__ void narrow(float x, float& y) { y = x; }
+__device__ void narrow(double x, double& y) { y = x; }
+// saturates rather than overflow
+__device__ void narrow(float x, __half& y) { y = __float2half_rn(x != x ? x : fminf(fmaxf(x, -65504.0f), 65504.0f)); }
+__device__ void narrow(float x, __nv_bfloat16& y) { y = __float2bfloat16_rn(x); }
+
+template <class S, class Out, int N>
+__device__ void store(Out* to, const S (&x)[N], bool aligned, int64_t room) {
+    constexpr int BYTES = N * sizeof(Out) < 16 ? N * sizeof(Out) : 16, STEP = BYTES / sizeof(Out);
+    alignas(16) Out y[N];
+#pragma unroll
+    for (int i = 0; i < N; ++i) narrow(x[i], y[i]);
+    if (aligned && room >= N) {
+#pragma unroll
+        for (int i = 0; i < N; i += STEP) {
+            if constexpr (BYTES == 16) *reinterpret_cast<int4*>(to + i) = *reinterpret_cast<const int4*>(y + i);
+            else *reinterpret_cast<int2*>(to + i) = *reinterpret_cast<const int2*>(y + i);
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < N; ++i)
+            if (i < room) to[i] = y[i];
+    }
+}
+
+// Calls f(tile number, first column) for this thread's columns, tile by tile.
+template <class Rows, class F> __device__ void sweep(Rows& rows, F f) {
+    int i = 0;
+    for (int64_t tile = rows.begin(); tile < rows.end(); tile += THREADS * Rows::N, ++i)
+        f(i, tile + threadIdx.x * Rows::N);
+}
+
+template <Divergence D, class S, class Out, class Rows>
+__device__ void kl_rows(Rows& rows, const Work<S, Out>& work, Scratch<S>& shared) {
+    constexpr int N = Rows::N;
+    constexpr bool P = D == Divergence::reverse || D == Divergence::symmetric;
+    constexpr bool Q = D == Divergence::forward || D == Divergence::symmetric;
+    int turn = 0;
+    for (int64_t r = rows.first_row(); r < work.R; r += rows.row_step(), turn ^= 1) {
+        for (int j = 0; j < work.T; ++j) {
+            Sides<S> sides;
+            sweep(rows, [&](int i, int64_t col) {
+                if (j == 0) rows.wait(i);
+                if (col >= rows.end()) return;
+                S s[N], t[N];
+                rows.load(i, work.student, r, col, s);
+                rows.load(i, work.teachers[j], r, col, t);
+                fold<P>(sides.s, s, t, (Index<S>)col, 1);
+                fold<Q>(sides.t, t, s, (Index<S>)col, 1);
+            });
+            sides = reduce(sides, shared.sides);
+            if (threadIdx.x == 0) shared.partial_sides[turn][j] = sides;
+        }
+        Sides<S> sides = rows.combined(shared.partial_sides, turn, work.T);
+        int own = threadIdx.x;
+        if (own < work.T) {
+            Pair<S> pair;
+            pair.s = sides.s, pair.t = sides.t;
+            prepare(D, work.beta, pair);
+            pair.weight = work.weight ? work.weight[own * work.R + r] : S(0);
+            if (D != Divergence::jsd && rows.begin() == 0) work.value[own * work.R + r] = value(D, pair);
+            shared.pairs[own] = pair;
+        }
+        __syncthreads();
+        if constexpr (D == Divergence::jsd) {
+            for (int j = 0; j < work.T; ++j) {
+                JsdSums<S> sums;
+                const Pair<S> pair = shared.pairs[j];
+                sweep(rows, [&](int i, int64_t col) {
+                    if (col >= rows.end()) return;
+                    S s[N], t[N];
+                    rows.load(i, work.student, r, col, s);
+                    rows.load(i, work.teachers[j], r, col, t);
+#pragma unroll
+                    for (int n = 0; n < N; ++n) jsd_term(sums, s[n], t[n], (Index<S>)(col + n), pair, work.beta);
+                });
+                sums = reduce(sums, shared.sums);
+                if (threadIdx.x == 0) shared.partial_sums[turn][j] = sums;
+            }
+            JsdSums<S> sums = rows.combined(shared.partial_sums, turn, work.T);
+            if (own < work.T) {
+                S divergence = settle(sums, work.beta, shared.pairs[own]);
+                if (rows.begin() == 0) work.value[own * work.R + r] = divergence;
+            }
+            __syncthreads();
+        }
+        if (work.dlogits) {
+            if (threadIdx.x == 0) shared.gradient = RowGradient<S>(D, shared.pairs, work.T, work.cap);
+            __syncthreads();
+            const RowGradient<S> gradient = shared.gradient;
+            Out* out = work.dlogits + r * work.V;
+            sweep(rows, [&](int i, int64_t col) {
+                if (col < rows.end()) {
+                    S s[N], a[N] = {}, b[N] = {};
+                    rows.load(i, work.student, r, col, s);
+                    for (int j = 0; j < work.T; ++j) {
+                        const Pair<S>& pair = shared.pairs[j];
+                        if (pair.weight == 0) continue;
+                        S t[N];
+                        rows.load(i, work.teachers[j], r, col, t);
+#pragma unroll
+                        for (int n = 0; n < N; ++n) teach<D>(s[n], t[n], pair, work.beta, a[n], b[n]);
+                    }
+#pragma unroll
+                    for (int n = 0; n < N; ++n) a[n] = dlogit(s[n], a[n], b[n], gradient);
+                    store(out + col, a, work.aligned, work.V - col);
+                    if (gradient.top >= col && gradient.top < col + N) narrow(at_top(gradient), out[gradient.top]);
+                }
+                rows.release(i);
+            });
+        }
+        rows.finish_row(work.dlogits != nullptr);
+    }
+    rows.finish();
+}
+
+template <class S, class Out, class Rows>
+__device__ void logprob_rows(Rows& rows, const Work<S, Out>& work, Scratch<S>& shared) {
+    constexpr int N = Rows::N;
+    int turn = 0;
+    for (int64_t r = rows.first_row(); r < work.R; r += rows.row_step(), turn ^= 1) {
+        Sides<S> sides;
+        sweep(rows, [&](int i, int64_t col) {
+            rows.wait(i);
+            if (col >= rows.end()) return;
+            S x[N], nothing[N] = {};
+            rows.load(i, 0, r, col, x);
+            fold<true>(sides.s, x, nothing, (Index<S>)col, 1);
+        });
+        sides = reduce(sides, shared.sides);
+        if (threadIdx.x == 0) shared.partial_sides[turn][0] = sides;
+        sides = rows.combined(shared.partial_sides, turn, 1);
+        if (threadIdx.x == 0) shared.pairs[0].s = sides.s;
+        __syncthreads();
+        const Side<S> side = shared.pairs[0].s;
+        int64_t token = work.tokens[r];
+        if (!work.dlogits && threadIdx.x == 0 && rows.begin() == 0) {
+            work.results[0][r] = (work.row(0, r)[token] - side.max) - side.norm();
+            work.results[1][r] = side.norm() - side.mean();
+            work.results[2][r] = side.max + side.norm();
+        }
+        if (work.dlogits) {
+            const LogProbGradient<S> gradient(side, (Index<S>)token, work.upstream[0][r], work.upstream[1][r],
+                                              work.upstream[2][r], work.cap);
+            Out* out = work.dlogits + r * work.V;
+            sweep(rows, [&](int i, int64_t col) {
+                if (col < rows.end()) {
+                    S x[N];
+                    rows.load(i, 0, r, col, x);
+#pragma unroll
+                    for (int n = 0; n < N; ++n) x[n] = dlogit(x[n], (Index<S>)(col + n), gradient);
+                    store(out + col, x, work.aligned, work.V - col);
+                    if (gradient.top >= col && gradient.top < col + N) narrow(at_top(gradient), out[gradient.top]);
+                }
+                rows.release(i);
+            });
+        }
+        rows.finish_row(work.dlogits != nullptr);
+    }
+    rows.finish();
+}
+
+}  // namespace
+}  // namespace copd::cuda

@@ -1,0 +1,136 @@
+"""The CUDA rows without a GPU: the kernels' text on blocks and clusters made of CPU threads, beside the torch rows."""
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from kernel_cases import DIVERGENCES, relative
+
+from copd_kernels.rows import load
+
+torch_rows = load("torch")
+HERE = Path(__file__).parent
+CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+ORDER = ("reverse", "forward", "symmetric", "jsd")
+# (columns, clusters, bytes of shared memory a block): 0 clusters read from memory. Segments have 256 columns here.
+READERS = {
+    "memory, ragged": (1003, 0, 0),
+    "memory, aligned": (1024, 0, 0),
+    "one block": (700, 1, 30_000),
+    "two blocks, a turning ring": (1500, 1, 14_000),
+    "two clusters": (1500, 2, 14_000),
+    "four blocks, the last with fewer segments": (2052, 1, 16_000),
+}
+
+
+@pytest.fixture(scope="module")
+def gpu(tmp_path_factory):
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs g++")
+    library = tmp_path_factory.mktemp("gpu") / "gpu.so"
+    flags = "-std=c++20 -O1 -fPIC -shared -Wno-psabi -Wno-unknown-pragmas -pthread".split()
+    source = HERE / "gpu_on_threads.cpp"
+    subprocess.run([compiler, *flags, f"-I{HERE.parent / 'csrc'}", str(source), "-o", str(library)], check=True)
+    return ctypes.CDLL(str(library))
+
+
+def address(x):
+    return ctypes.c_void_p(None if x is None else x.data_ptr())
+
+
+def logits(heads, R, V, dtype=torch.float32):
+    z = 3 * torch.randn(heads, R, V, dtype=dtype)
+    z[0, 1, 5] = 40  # a peaked row
+    z[1:, -1] = z[0, -1] + 1e-3 * torch.randn(V, dtype=dtype)  # near agreement
+    return z
+
+
+def emulated_kl(gpu, z, teachers, divergence, reader, weight, cap, dlogits):
+    H, R, V = z.shape
+    _, clusters, shared = reader
+    value = torch.full((len(teachers), R), torch.nan, dtype=z.dtype)
+    run = gpu.kl_double if z.dtype == torch.float64 else gpu.kl_float
+    run(
+        address(z), H, ctypes.c_long(R), ctypes.c_long(V), 0, (ctypes.c_int * len(teachers))(*teachers), len(teachers),
+        ORDER.index(divergence), ctypes.c_double(0.3), address(weight), ctypes.c_double(cap or 0), address(dlogits),
+        CODES[z.dtype if dlogits is None else dlogits.dtype], address(value), clusters, ctypes.c_long(shared),
+    )  # fmt: skip
+    return value
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_kl_rows_match_the_torch_rows(gpu, divergence, reader):
+    V = READERS[reader][0]
+    z, teachers, weight = logits(3, 5, V), [2, 1], torch.rand(2, 5)
+    weight[:, 2] = 0
+    exact, wanted = z.double(), torch.empty(5, V, dtype=torch.float64)
+    want = torch_rows.kl(exact, 0, teachers, divergence, 0.3, weight.double(), 50.0, wanted)
+    single = torch.empty(5, V)
+    torch_rows.kl(z, 0, teachers, divergence, 0.3, weight, 50.0, single)
+    got = torch.full((5, V), torch.nan)
+    value = emulated_kl(gpu, z, teachers, divergence, READERS[reader], weight, 50.0, got)
+    torch.testing.assert_close(value.double(), want, rtol=1e-4, atol=1e-6)
+    assert relative(got, wanted) <= 2 * relative(single, wanted) + 2e-6
+    # one row at a KL of 5e-7, where p - q has three digits to lose
+    assert relative(got[-1], wanted[-1]) < 1e-3
+    # values alone take the same way, and the gradient may overwrite the student's logits
+    assert torch.equal(emulated_kl(gpu, z, teachers, divergence, READERS[reader], None, None, None), value)
+    emulated_kl(gpu, z, teachers, divergence, READERS[reader], weight, 50.0, z[0])
+    assert torch.equal(z[0], got)
+
+
+@pytest.mark.parametrize("reader", ["memory, ragged", "memory, aligned", "two blocks, a turning ring"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_gradients_come_in_sixteen_bits(gpu, dtype, reader):
+    V = READERS[reader][0]
+    z, weight = logits(2, 5, V), torch.rand(1, 5)
+    wide, narrow = torch.empty(5, V), torch.empty(5, V, dtype=dtype)
+    for out in (wide, narrow):
+        emulated_kl(gpu, z, [1], "symmetric", READERS[reader], weight, None, out)
+    assert torch.equal(wide.to(dtype), narrow)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_double_rows_match_the_torch_rows(gpu, divergence):
+    z, weight = logits(2, 3, 301, torch.float64), torch.rand(1, 3, dtype=torch.float64)
+    got, wanted = torch.empty(3, 301, dtype=torch.float64), torch.empty(3, 301, dtype=torch.float64)
+    want = torch_rows.kl(z, 0, [1], divergence, 0.3, weight, None, wanted)
+    value = emulated_kl(gpu, z, [1], divergence, (301, 0, 0), weight, None, got)
+    torch.testing.assert_close(value, want, rtol=1e-10, atol=1e-13)
+    assert relative(got, wanted) < 1e-11
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_logprob_rows_match_the_torch_rows(gpu, reader):
+    V, clusters, shared = READERS[reader]
+    z, tokens = logits(1 + 1, 5, V)[:1].contiguous(), torch.randint(0, V, (5,))
+    tokens[1] = 5
+    upstream = torch.randn(3, 5)
+
+    def run(numbers, dlogits):
+        pointers = (ctypes.c_void_p * 3)(*(x.data_ptr() for x in numbers))
+        gpu.logprob_float(
+            address(z), ctypes.c_long(5), ctypes.c_long(V), address(tokens), pointers, ctypes.c_double(50.0),
+            address(dlogits), 0, clusters, ctypes.c_long(shared // 3),
+        )  # fmt: skip
+
+    got = torch.full((3, 5), torch.nan)
+    run(got, None)
+    torch.testing.assert_close(got.double(), torch.stack(torch_rows.logprob(z.double(), tokens)), rtol=1e-5, atol=1e-6)
+    g, wanted = torch.full((5, V), torch.nan), torch.empty(5, V, dtype=torch.float64)
+    torch_rows.logprob_grad(z.double(), tokens, *upstream.double(), 50.0, wanted)
+    run(upstream, g)
+    assert relative(g, wanted) < 1e-5
+
+
+def test_real_vocabularies_fit_a_cluster(gpu):
+    """What `cut` makes of an H200's shared memory is checked with 64 threads a block, so in quarters of its segments."""
+    room = 227 * 1024 - 4096
+    for V, heads in ((151_936, 2), (151_936, 3), (151_936, 5), (128_256, 2), (128_256, 5), (262_144, 2)):
+        assert 0 < gpu.cluster_blocks(ctypes.c_long(V), heads, ctypes.c_long(room)) <= 16
+    assert gpu.cluster_blocks(ctypes.c_long(262_144), 9, ctypes.c_long(room)) == 0
