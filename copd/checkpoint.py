@@ -6,6 +6,7 @@ Weights, master weights and optimiser are all there is to save: data order and s
 from __future__ import annotations
 
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -29,8 +30,6 @@ FREE = (
 
 def identity(cfg: Config) -> str:
     """Names what a checkpoint must agree on with the run that continues it."""
-    from dataclasses import asdict
-
     return digest({key: value for key, value in asdict(cfg).items() if key not in FREE})
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -278,43 +279,48 @@ class Config:
         return Path(self.output_dir) / self.name
 
     def __post_init__(self) -> None:
-        if not len(self.branches) >= 1:
-            raise ValueError("config: branches must name at least one domain; got none")
-        for name, branch in self.branches.items():
-            if not branch.task:
-                raise ValueError(f"config: branches.{name}.task must be set; got nothing")
-        for key in ("opd.branch_beta", "merge.weights"):
-            section, option = key.split(".")
-            for name in getattr(getattr(self, section), option):
-                if name not in self.branches:
-                    raise ValueError(f"config: {key} must name branches {list(self.branches)}; got {name!r}")
-        if self.hub is not None and self.hub not in self.branches:
-            raise ValueError(f"config: hub must be one of the branches {list(self.branches)}; got {self.hub!r}")
-        for name in ("cycles", "rl_steps", "opd_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"config: {name} must be at least 0; got {getattr(self, name)}")
-        for name, least in (("prompts", 1), ("samples", 1), ("max_new_tokens", 1)):
-            if getattr(self.rollout, name) < least:
-                raise ValueError(f"config: rollout.{name} must be at least {least}; got {getattr(self.rollout, name)}")
-        if not self.rollout.temperature > 0:
-            raise ValueError(f"config: rollout.temperature must be above 0; got {self.rollout.temperature}")
-        if not 0 < self.merge.density <= 1:
-            raise ValueError(f"config: merge.density must be in (0, 1]; got {self.merge.density}")
+        names = list(self.branches)
+        least = {"cycles": 0, "rl_steps": 0, "opd_steps": 0}
+        rules = [
+            (bool(names), "branches must name at least one domain", "none"),
+            *((b.task, f"branches.{name}.task must be set", "nothing") for name, b in self.branches.items()),
+            *((n in names, f"opd.branch_beta must name branches {names}", repr(n)) for n in self.opd.branch_beta),
+            *((n in names, f"merge.weights must name branches {names}", repr(n)) for n in self.merge.weights),
+            (self.hub in (None, *names), f"hub must be one of the branches {names}", repr(self.hub)),
+            *((getattr(self, n) >= low, f"{n} must be at least {low}", getattr(self, n)) for n, low in least.items()),
+            (self.rollout.prompts >= 1, "rollout.prompts must be at least 1", self.rollout.prompts),
+            (self.rollout.samples >= 1, "rollout.samples must be at least 1", self.rollout.samples),
+            (
+                self.rollout.max_new_tokens >= 1,
+                "rollout.max_new_tokens must be at least 1",
+                self.rollout.max_new_tokens,
+            ),
+            (self.rollout.temperature > 0, "rollout.temperature must be above 0", self.rollout.temperature),
+            (0 < self.merge.density <= 1, "merge.density must be in (0, 1]", self.merge.density),
+        ]
+        for holds, rule, got in rules:
+            if not holds:
+                raise ValueError(f"config: {rule}; got {got}")
 
 
-def load(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """The config of a YAML file (None for the defaults) with `key=value` overrides laid over it.
+Schema = TypeVar("Schema")
+
+
+def load(
+    source: str | Path | dict[str, Any] | None, overrides: Sequence[str] = (), schema: type[Schema] = Config
+) -> Schema:
+    """A `schema` from a YAML file (or its tree; None for the defaults) with `key=value` overrides laid over it.
 
     Raises `ValueError` naming the key for an unknown key, a wrong type or a value that is not one of the options.
     """
     for override in overrides:
         if "=" not in override:
             raise ValueError(f"config: an override must have the form key=value; got {override!r}")
-    tree = OmegaConf.structured(Config)
+    tree = OmegaConf.structured(schema)
     OmegaConf.set_readonly(tree, False)
     try:
-        layers = [OmegaConf.load(path)] if path is not None else []
-        return OmegaConf.to_object(OmegaConf.merge(tree, *layers, OmegaConf.from_dotlist(list(overrides))))
+        layer = OmegaConf.load(source) if isinstance(source, str | Path) else source or {}
+        return OmegaConf.to_object(OmegaConf.merge(tree, layer, OmegaConf.from_dotlist(list(overrides))))
     except OmegaConfBaseException as error:
         raise ValueError(f"config: {str(error).splitlines()[0]}; at {getattr(error, 'full_key', '?')}") from error
 
@@ -326,19 +332,5 @@ def dump(cfg: Config) -> str:
 
 def digest(*parts: Any) -> str:
     """Twelve hex digits that name any JSON-like or dataclass values."""
-    text = json.dumps(
-        [asdict(part) if hasattr(part, "__dataclass_fields__") else part for part in parts], sort_keys=True
-    )
+    text = json.dumps([asdict(part) if is_dataclass(part) else part for part in parts], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
-
-
-def to_dict(cfg: Config) -> dict[str, Any]:
-    """The resolved config as plain dictionaries and lists."""
-    return OmegaConf.to_container(OmegaConf.structured(cfg))
-
-
-def from_dict(tree: dict[str, Any]) -> Config:
-    """The config that `to_dict` wrote."""
-    schema = OmegaConf.structured(Config)
-    OmegaConf.set_readonly(schema, False)
-    return OmegaConf.to_object(OmegaConf.merge(schema, tree))

@@ -8,7 +8,6 @@ in each (variant, seed): it makes the warm start that the others share, and the 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -19,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from copd import config
 
@@ -39,27 +37,24 @@ class Study:
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
     """settings of each suite, laid over `common`"""
 
+    def __post_init__(self) -> None:
+        for variant in self.variants:
+            for method in self.methods:
+                config.load(self.tree(variant, 0, method))
 
-def load(path: Path, overrides: list[str]) -> Study:
-    tree = OmegaConf.structured(Study)
-    OmegaConf.set_readonly(tree, False)
-    try:
-        return OmegaConf.to_object(OmegaConf.merge(tree, OmegaConf.load(path), OmegaConf.from_dotlist(overrides)))
-    except OmegaConfBaseException as error:
-        raise ValueError(f"study: {str(error).splitlines()[0]}") from error
+    def tree(self, variant: str, seed: int, method: str) -> Any:
+        """The settings of one run, as in its own file."""
+        folder = f"{self.output_dir}/{variant}"
+        own = {"output_dir": folder, "name": f"{method}-seed{seed}", "variant": variant, "seed": seed, "method": method}
+        if method == "mopd" and "independent" in self.methods:
+            own["experts"] = f"{folder}/independent-seed{seed}"
+        return OmegaConf.merge(self.common, self.variants[variant], own)
 
 
 def write_config(study: Study, variant: str, seed: int, method: str) -> Path:
-    """The run's own file, checked against `copd.config` before anything starts."""
-    folder = f"{study.output_dir}/{variant}"
-    own = {"output_dir": folder, "name": f"{method}-seed{seed}", "variant": variant, "seed": seed, "method": method}
-    if method == "mopd" and "independent" in study.methods:
-        own["experts"] = f"{folder}/independent-seed{seed}"
-    tree = OmegaConf.merge(study.common, study.variants[variant], own)
-    path = Path(folder) / f"{method}-seed{seed}.yaml"
+    path = Path(study.output_dir) / variant / f"{method}-seed{seed}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(OmegaConf.to_yaml(tree))
-    config.load(path)
+    OmegaConf.save(study.tree(variant, seed, method), path)
     return path
 
 
@@ -67,40 +62,40 @@ def launch(path: Path) -> int:
     """Runs one config in a fresh process; its output goes to a .log beside the file."""
     with path.with_suffix(".log").open("a") as log:
         command = [sys.executable, "-m", "copd.train", "--config", str(path)]
-        environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        environment = {"OMP_NUM_THREADS": "1"} | os.environ
         return subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
 
 
 def run(study: Study) -> list[Path]:
-    """Runs everything; returns the configs of runs that failed."""
-    paths = {
-        (variant, seed): [write_config(study, variant, seed, method) for method in study.methods]
-        for seed in study.seeds
-        for variant in study.variants
-    }
+    """Runs everything; returns the configs of runs that failed, or could not start because their first failed."""
+    groups = iter(
+        [
+            [write_config(study, variant, seed, method) for method in study.methods]
+            for seed in study.seeds
+            for variant in study.variants
+        ]
+    )
     failed: list[Path] = []
-    ready = [first for first, *_ in paths.values()]
-    after = {first: rest for first, *rest in paths.values()}
-    order = [path for group in paths.values() for path in group]
-    running: dict[Future[int], Path] = {}
+    # a run -> those of its suite and seed that wait for it
+    running: dict[Future[int], tuple[Path, list[Path]]] = {}
     with ThreadPoolExecutor(study.jobs) as pool:
-        while ready or running:
-            # one suite and seed is finished before the next begins, as far as it keeps all jobs busy
-            ready.sort(key=order.index)
-            while ready and len(running) < study.jobs:
-                path = ready.pop(0)
-                running[pool.submit(launch, path)] = path
+        while True:
+            # the next suite and seed begins where the last one leaves a job idle
+            while len(running) < study.jobs and (group := next(groups, None)):
+                running[pool.submit(launch, group[0])] = group[0], group[1:]
+            if not running:
+                return failed
             for done in wait(running, timeout=20, return_when=FIRST_COMPLETED).done:
-                path = running.pop(done)
-                print(f"{'done  ' if done.result() == 0 else 'FAILED'} {path.with_suffix('')}", flush=True)
-                following = after.pop(path, [])
-                if done.result() == 0:
-                    ready += following
+                path, waiting = running.pop(done)
+                ok = done.result() == 0
+                print(f"{'done  ' if ok else 'FAILED'} {path.with_suffix('')}", flush=True)
+                if ok:
+                    running |= {pool.submit(launch, follower): (follower, []) for follower in waiting}
                 else:
-                    failed += [path, *following]
-            for path in running.values():
-                print(f"       {path.with_suffix('')}: {progress(path)}", flush=True)
-    return failed
+                    failed += [path, *waiting]
+            for future, (path, _) in running.items():
+                if future.running():
+                    print(f"       {path.with_suffix('')}: {progress(path)}", flush=True)
 
 
 def progress(path: Path) -> str:
@@ -115,24 +110,7 @@ def progress(path: Path) -> str:
     return ", ".join([f"step {last['step']}", last["phase"], *numbers, f"{last['tokens_per_s']:.0f} tokens/s"])
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="copd study", description="Runs all methods, suites and seeds.")
-    parser.add_argument("--config", type=Path, required=True)
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    args = parser.parse_intermixed_args(argv)
-    try:
-        study = load(args.config, args.overrides)
-        failed = run(study)
-    except ValueError as error:
-        parser.error(str(error))
-    from copd import report
-
-    report.write(Path(study.output_dir))
-    print((Path(study.output_dir) / "results.md").read_text())
-    print(f"{study.output_dir}: results.json, results.md, report.html")
-    if failed:
-        sys.exit("study: failed: " + ", ".join(str(path) for path in failed))
-
-
 if __name__ == "__main__":
-    main()
+    from copd.cli import main
+
+    main(["study", *sys.argv[1:]])

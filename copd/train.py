@@ -5,15 +5,14 @@ python -m copd.train --config configs/smoke.yaml [key=value ...] [--dry-run]
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import logging
 import signal
 import sys
 import time
-from dataclasses import replace
-from itertools import pairwise
+from dataclasses import asdict, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from copd import checkpoint, config, evaluate, topology
 from copd.branch import Branch, NonFiniteLoss
 from copd.coevolve import Plan, coevolve
 from copd.config import BranchConfig, Config
+from copd.data import FileTask
 from copd.log import Log, memory_mib
 from copd.merge import merge
 from copd.model import load, load_like
@@ -40,8 +40,6 @@ SYNTHETIC = {"arithmetic": Arithmetic, "count": Count, "motion": Motion}
 
 def make_task(name: str, cfg: BranchConfig, processor: Any) -> Task:
     if cfg.task == "data":
-        from copd.data import FileTask
-
         return FileTask(name, cfg.data, processor)
     if cfg.task not in SYNTHETIC:
         options = ", ".join([*SYNTHETIC, "data"])
@@ -52,6 +50,11 @@ def make_task(name: str, cfg: BranchConfig, processor: Any) -> Task:
         raise ValueError(f"config: branches.{name}.options must be arguments of {cfg.task}; got {error}") from error
 
 
+def device_of(cfg: Config) -> torch.device:
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(auto if cfg.device == "auto" else cfg.device)
+
+
 class Run:
     """One run's pieces: the base, the branches that learn, and the plan they follow."""
 
@@ -59,8 +62,7 @@ class Run:
         self.cfg, self.directory = cfg, cfg.run_dir
         if cfg.threads:
             torch.set_num_threads(cfg.threads)
-        auto = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(auto if cfg.device == "auto" else cfg.device)
+        self.device = device_of(cfg)
         base, self.processor = load(cfg.model, cfg.seed, self.device)
         self.tasks = {name: make_task(name, branch, self.processor) for name, branch in cfg.branches.items()}
         # branches are copies: the base itself need not stay on the device
@@ -73,19 +75,18 @@ class Run:
         return Branch(name, tasks, model, self.processor, self.cfg, self.device)
 
     def _plan(self) -> Plan:
-        cfg = self.cfg
-        phases = (["rl"] * cfg.rl_steps + ["opd"] * cfg.opd_steps) * cfg.cycles
+        cfg, tasks = self.cfg, list(self.tasks.values())
         if cfg.method == "mixed":
-            steps = cfg.mixed_steps or len(cfg.branches) * cfg.steps
-            return Plan([self.branch("mixed", list(self.tasks.values()))], ["rl"] * steps)
+            return Plan([self.branch("mixed", tasks)], ["rl"] * (cfg.mixed_steps or len(tasks) * cfg.steps))
         if cfg.method == "mopd":
-            experts = [self.branch(name, [task], self._expert(name)) for name, task in self.tasks.items()]
-            steps = cfg.mopd_steps or len(cfg.branches) * cfg.cycles * cfg.opd_steps
-            student = self.branch("student", list(self.tasks.values()))
+            experts = [self.branch(task.name, [task], self._expert(task.name)) for task in tasks]
+            steps = cfg.mopd_steps or len(tasks) * cfg.cycles * cfg.opd_steps
+            student = self.branch("student", tasks)
             return Plan([student], ["opd"] * steps, {"student": experts}, native=False, in_turn=True)
         branches = {name: self.branch(name, [self.tasks[name]]) for name in topology.local(list(self.tasks))}
         if cfg.method in ("independent", "expert"):
             return Plan(list(branches.values()), ["rl"] * cfg.steps)
+        phases = (["rl"] * cfg.rl_steps + ["opd"] * cfg.opd_steps) * cfg.cycles
         taught = {name: [branches[teacher] for teacher in who] for name, who in topology.teachers(cfg).items()}
         return Plan(list(branches.values()), phases, taught, native=cfg.opd.native)
 
@@ -102,19 +103,14 @@ class Run:
 
     def _log_memory(self) -> None:
         """States what the branches need, which is the first thing to know about K of them."""
-        cfg, learners = self.cfg, self.plan.branches
-        parameters = sum(p.numel() for p in learners[0].model.parameters())
-        trained = sum(p.numel() for p in learners[0].parameters)
-        width = 4 if cfg.model.dtype == "float32" else 2
-        master = 0 if width == 4 else 4 * trained
-        each = width * parameters + 4 * trained + master + 8 * trained  # weights, gradients, master, AdamW
+        count, (first, *_) = len(self.plan.branches), self.plan.branches
+        width = 4 if self.cfg.model.dtype == "float32" else 2
+        parameters, trained = (sum(p.numel() for p in ps) for ps in (first.model.parameters(), first.parameters))
+        # weights; gradients and AdamW's two moments; fp32 master weights of a bf16 model
+        mib = (width * parameters + (12 if width == 4 else 16) * trained) / 2**20
         logger.info(
-            "%d branch(es) of %.2f M parameters: weights, gradients and optimiser %.1f MiB each, %.1f MiB in all%s",
-            len(learners),
-            parameters / 1e6,
-            each / 2**20,
-            len(learners) * each / 2**20,
-            ", one at a time on the device" if cfg.offload else "",
+            f"{count} branch(es) of {parameters / 1e6:.2f} M parameters: weights, gradients and optimiser {mib:.1f} "
+            f"MiB each, {count * mib:.1f} MiB in all{', one at a time on the device' if self.cfg.offload else ''}"
         )
 
     def train(self) -> Log:
@@ -204,7 +200,7 @@ class Run:
             "hub": cfg.hub or next(iter(cfg.branches)),
             "domains": list(self.tasks),
             "branches": {branch.name: branch.tasks[0].name for branch in plan.branches if len(branch.tasks) == 1},
-            "config": config.to_dict(cfg),
+            "config": asdict(cfg),
             "phases": spans(plan.phases),
             "final": final,
             "eval": log.of("eval"),
@@ -224,8 +220,8 @@ class Run:
 
 def spans(phases: list[str]) -> list[list[Any]]:
     """Runs of equal phases as [phase, first step, end]."""
-    cuts = [0, *(i for i in range(1, len(phases)) if phases[i] != phases[i - 1]), len(phases)]
-    return [[phases[a], a, b] for a, b in pairwise(cuts) if a < b]
+    groups = [list(group) for _, group in groupby(enumerate(phases), lambda pair: pair[1])]
+    return [[group[0][1], group[0][0], group[-1][0] + 1] for group in groups]
 
 
 def _due(step: int, every: int, last: bool) -> bool:
@@ -245,7 +241,7 @@ def run(cfg: Config) -> dict[str, Any]:
     finished = cfg.run_dir / "results.json"
     if cfg.resume and finished.exists():
         results = json.loads(finished.read_text())
-        if checkpoint.identity(cfg) != checkpoint.identity(config.from_dict(results["config"])):
+        if checkpoint.identity(cfg) != checkpoint.identity(config.load(results["config"])):
             raise ValueError(f"resume: config must be the one of the finished run {cfg.run_dir}; got another")
         return results
     started = time.perf_counter()
@@ -254,32 +250,7 @@ def run(cfg: Config) -> dict[str, Any]:
     return trainer.finish(log, time.perf_counter() - started)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="copd train", description="Trains one run.")
-    parser.add_argument("--config", type=Path, help="YAML file over the defaults of copd/config.py")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved config and stop")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    args = parser.parse_intermixed_args(argv)
-    try:
-        cfg = config.load(args.config, args.overrides)
-    except ValueError as error:
-        parser.error(str(error))
-    if args.dry_run:
-        print(config.dump(cfg), end="")
-        return
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        results = run(cfg)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    from copd import report
-
-    report.write(cfg.run_dir)
-    for name, domains in results["final"].items():
-        print(f"{name:>10}  " + "  ".join(f"{domain} {record['accuracy']:.3f}" for domain, record in domains.items()))
-    print(f"{cfg.run_dir}: results.json, results.md, report.html")
-
-
 if __name__ == "__main__":
-    main()
+    from copd.cli import main
+
+    main(["train", *sys.argv[1:]])

@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 
 def test_a_config_survives_the_round_trip(tmp_path):
     cfg = make_config(tmp_path, "opd.branch_beta.text=0.5", "branches.image.options.grid=2")
-    assert config.from_dict(config.to_dict(cfg)) == cfg
+    assert config.load(asdict(cfg)) == cfg
 
 
 def test_every_field_has_a_line_of_documentation():
@@ -64,7 +64,7 @@ def test_the_bundled_runs_load(name):
 
 @pytest.mark.parametrize("name", ["demo", "study"])
 def test_the_bundled_studies_load(tmp_path, name):
-    plan = study.load(CONFIGS / f"{name}.yaml", [f"output_dir={tmp_path}"])
+    plan = config.load(CONFIGS / f"{name}.yaml", [f"output_dir={tmp_path}"], study.Study)
     for variant in plan.variants:
         for method in plan.methods:
             path = study.write_config(plan, variant, 3, method)
@@ -99,9 +99,11 @@ def test_an_unknown_key_on_the_command_line_ends_with_a_message(capsys):
     assert "Key 'lr' not in 'Config'" in capsys.readouterr().err
 
 
-def test_an_unknown_command_names_the_known_ones():
-    with pytest.raises(SystemExit, match="command must be one of train, study, eval, merge, report; got fit"):
+def test_an_unknown_command_names_the_known_ones(capsys):
+    with pytest.raises(SystemExit):
         cli.main(["fit"])
+    message = capsys.readouterr().err
+    assert all(f"'{name}'" in message for name in ("fit", "train", "study", "eval", "merge", "report"))
 
 
 @pytest.mark.parametrize(
@@ -129,10 +131,9 @@ def test_eval_and_merge_work_on_saved_branches(tmp_path, capsys):
     assert capsys.readouterr().out.count("accuracy") == 2
 
 
-def test_merge_without_the_base_it_needs_ends_with_a_message(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["merge", "a", "b", "--out", str(tmp_path), "--method", "ties"])
-    assert "merge: base must be given for ties; got none" in capsys.readouterr().err
+def test_merge_without_the_base_it_needs_ends_with_a_message(tmp_path):
+    with pytest.raises(SystemExit, match="merge: base must be given for ties; got none"):
+        cli.main(["merge", "a", "b", "--out", str(tmp_path), "method=ties"])
 
 
 def test_a_study_runs_each_method_in_its_process_and_continues(tmp_path, monkeypatch):

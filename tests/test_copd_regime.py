@@ -15,7 +15,7 @@ def test_branches_that_teach_each_other_stay_close_and_average_well(tmp_path):
     """Margins that every seed of earlier runs kept several times over; see the ordering against mixed RLVR and MOPD in
     `results/`, which no test may assume."""
     settings = [f"output_dir={tmp_path}", "common.cycles=4", f"common.warmstart.cache_dir={tmp_path / 'warmstart'}"]
-    plan = study.load(STUDY, settings)
+    plan = config.load(STUDY, settings, study.Study)
     runs = {
         method: train.run(config.load(study.write_config(plan, "sharpen-k2", 0, method)))
         for method in ("independent", "copd")
