@@ -1,7 +1,7 @@
 """A branch: one policy with its own data and optimiser.
 
 Everything the loop asks of a model is one of four verbs here: `rollout` samples, `score` judges another branch's
-rollout, `update` makes the optimiser step, `state` saves. Placing a branch elsewhere means moving these four.
+rollout, `learn` makes the optimiser step, `state` saves. Placing a branch elsewhere means moving these four.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 import math
 import time
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -106,8 +108,6 @@ class Branch:
     def task_of(self, step: int) -> Task:
         return self.tasks[step % len(self.tasks)]
 
-    # --- sampling -------------------------------------------------------------------------------
-
     def rollout(self, prompts: list[Prompt], seed: int, samples: int | None = None, greedy: bool = False) -> Rollout:
         """Completions of this policy, `cfg.rollout.samples` a prompt unless said otherwise."""
         samples = samples or self.cfg.rollout.samples
@@ -146,8 +146,6 @@ class Branch:
         keep = rollout.mask & ~rollout.truncated[:, None] if self.cfg.rollout.mask_truncated else rollout.mask
         return token_weights(keep, self.cfg.rlvr)
 
-    # --- scoring --------------------------------------------------------------------------------
-
     def head(self, rollout: Rollout, rows: slice, model: nn.Module | None = None) -> tuple[Head, Tensor]:
         """The head over the N completion tokens of `rows`, and those tokens (N,)."""
         model = model or self.model
@@ -174,24 +172,32 @@ class Branch:
                 score.heads.append(replace(head, hidden=head.hidden.to(keep), lm_head=lm_head))
         return score
 
-    # --- learning -------------------------------------------------------------------------------
-
     def learn(self, batches: list[Batch]) -> dict[str, Any]:
-        """One update on the batches of a step, and what to log of it."""
-        start = time.perf_counter()
-        metrics: dict[str, Any] = {}
+        """`cfg.rlvr.updates_per_batch` steps on the sum of the losses of a step's batches, and what to log of it."""
+        start, updates = time.perf_counter(), self.cfg.rlvr.updates_per_batch
+        metrics: dict[str, Any] = {"domain": batches[0].domain}
         for batch in batches:
-            metrics |= batch.stats if batch.teacher is None else self.agreement(batch)
-        metrics |= self.update(batches)
+            metrics |= batch.stats if batch.teacher is None else self._agreement(batch)
+        totals: Counter[str] = Counter()
+        with self.on_device():
+            for _ in range(updates):
+                for batch in batches:
+                    totals.update(self._backward(batch))
+                grad_norm = nn.utils.clip_grad_norm_(self.master, self.cfg.optim.max_grad_norm)
+                if not torch.isfinite(grad_norm):
+                    rule = f"update: gradient of branch {self.name!r} must be finite"
+                    raise NonFiniteLoss(f"{rule}; got {grad_norm}", batches[-1])
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+                self._publish()
+        metrics |= {name: value / updates for name, value in totals.items()}
         for name in ("kl", "overlap"):
-            values = [value for key, value in metrics.items() if key.startswith(f"{name}/")]
-            if values:
+            if values := [value for key, value in metrics.items() if key.startswith(f"{name}/")]:
                 metrics[name] = sum(values) / len(values)
-        masks = [batch.rollout.mask for batch in batches]
-        tokens = sum(int(mask.sum()) for mask in masks)
         truncated = torch.cat([batch.rollout.truncated for batch in batches])
+        tokens = sum(int(batch.rollout.mask.sum()) for batch in batches)
         return metrics | {
-            "domain": batches[0].domain,
+            "grad_norm": grad_norm.item(),
             "completions/mean_length": tokens / len(truncated),
             "completions/clipped_ratio": truncated.float().mean().item(),
             "tokens": tokens,
@@ -199,32 +205,11 @@ class Branch:
             "update_time": time.perf_counter() - start,
         }
 
-    def update(self, batches: list[Batch]) -> dict[str, float]:
-        """`cfg.rlvr.updates_per_batch` optimiser steps on the sum of the batches' losses."""
-        totals: dict[str, float] = {}
-        with self.on_device():
-            for _ in range(self.cfg.rlvr.updates_per_batch):
-                for batch in batches:
-                    for name, value in self._backward(batch).items():
-                        totals[name] = totals.get(name, 0.0) + value
-                grad_norm = nn.utils.clip_grad_norm_(self.master, self.cfg.optim.max_grad_norm)
-                if not torch.isfinite(grad_norm):
-                    raise NonFiniteLoss(
-                        f"update: gradient of branch {self.name!r} must be finite; got {grad_norm}", batches[-1]
-                    )
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-                self._publish()
-        updates = self.cfg.rlvr.updates_per_batch
-        metrics = {name: value / updates for name, value in totals.items()}
-        return metrics | {"grad_norm": grad_norm.item()}
-
-    def _backward(self, batch: Batch) -> dict[str, float]:
+    def _backward(self, batch: Batch) -> Counter[str]:
         """Adds the gradient of one batch to the master weights; returns what was optimised, part by part."""
-        cfg, rollout = self.cfg, batch.rollout
-        kind = "rlvr" if batch.teacher is None else "opd"
-        beta = 1.0 if batch.teacher is None else cfg.opd.branch_beta.get(self.name, cfg.opd.beta)
-        totals: dict[str, float] = {}
+        totals: Counter[str] = Counter()
+        cfg, rollout, teacher = self.cfg, batch.rollout, batch.teacher
+        beta = 1.0 if teacher is None else cfg.opd.branch_beta.get(self.name, cfg.opd.beta)
         # training mode is what switches checkpointing on; dropout would part the ratio from 1
         self.model.train(cfg.model.activation_checkpointing)
         for micro, rows in enumerate(rollout.sequences.micro_batches(cfg.micro_batch_tokens)):
@@ -232,35 +217,32 @@ class Branch:
             head, tokens = self.head(rollout, rows)
             weight = batch.weight[rows][mask]
             parts: dict[str, Tensor] = {}
-            if batch.teacher is not None and cfg.opd.signal != "sampled":
-                teacher = batch.teacher.head(micro, self.device)
-                loss = divergence_loss(head, teacher, weight, cfg.rollout.temperature, cfg.opd)
-                parts[f"kl/{batch.teacher.name}"] = loss.detach()
+            if teacher is not None and cfg.opd.signal != "sampled":
+                loss = divergence_loss(head, teacher.head(micro, self.device), weight, cfg.rollout.temperature, cfg.opd)
+                parts[f"kl/{teacher.name}"] = loss.detach()
             else:
                 seen = logprob(head, tokens, temperature=cfg.rollout.temperature)
                 old = batch.logp_old.setdefault(micro, seen.logp.detach())
-                if batch.teacher is None:
+                if teacher is None:
                     advantage = batch.advantage[rows][:, None].expand(mask.shape)[mask]
-                    sampled = rollout.logp[rows][mask]
                     parts["entropy"] = (weight * seen.entropy.detach()).sum()
-                    parts["sampling_logp_difference"] = (weight * (old - sampled).abs()).sum()
+                    parts["sampling_logp_difference"] = (weight * (old - rollout.logp[rows][mask]).abs()).sum()
                 else:
-                    advantage = delta(batch.teacher.logp[micro].to(self.device), old, cfg.opd)
+                    advantage = delta(teacher.logp[micro].to(self.device), old, cfg.opd)
                     # the sampled estimate of KL(student || teacher)
-                    parts[f"kl/{batch.teacher.name}"] = -(weight * advantage).sum()
-                clip = batch.teacher is None or cfg.opd.clip_ratio
-                loss, clipped = policy_loss(seen.logp, old, advantage, weight, cfg.rlvr, clip)
-                parts |= clipped if batch.teacher is None else {}
-            parts[f"loss/{kind}"] = beta * loss.detach()
-            if not torch.isfinite(loss.detach()):
-                raise NonFiniteLoss(
-                    f"update: loss of branch {self.name!r} must be finite; got {loss.item()} from {batch}", batch
+                    parts[f"kl/{teacher.name}"] = -(weight * advantage).sum()
+                loss, clipped = policy_loss(
+                    seen.logp, old, advantage, weight, cfg.rlvr, clip=teacher is None or cfg.opd.clip_ratio
                 )
+                parts |= clipped if teacher is None else {}
+            parts["loss/rlvr" if teacher is None else "loss/opd"] = parts["loss"] = beta * loss.detach()
+            if not torch.isfinite(loss.detach()):
+                rule = f"update: loss of branch {self.name!r} must be finite"
+                raise NonFiniteLoss(f"{rule}; got {loss.item()} from {batch}", batch)
             (beta * loss).backward()
             self._collect()
-            for name, value in parts.items():
-                totals[name] = totals.get(name, 0.0) + value.item()
-        return totals | {"loss": totals[f"loss/{kind}"]}
+            totals.update({name: value.item() for name, value in parts.items()})
+        return totals
 
     def _collect(self) -> None:
         """Adds bf16 gradients to the fp32 ones of the master weights."""
@@ -276,40 +258,34 @@ class Branch:
             if parameter is not master:
                 parameter.data.copy_(master)
 
-    @torch.no_grad()
-    def agreement(self, batch: Batch) -> dict[str, float]:
+    def _agreement(self, batch: Batch) -> dict[str, float]:
         """Top-k overlap with, and δ of, a cross batch's teacher before the update, on the first tokens of the batch."""
-        cfg, left = self.cfg, self.cfg.opd.overlap_tokens
-        overlap, count = 0.0, 0
-        deltas = []
-        with self.on_device():
-            for micro, rows in enumerate(batch.rollout.sequences.micro_batches(cfg.micro_batch_tokens)):
-                if left <= 0:
-                    break
-                head, tokens = self.head(batch.rollout, rows)
-                n = min(left, len(tokens))
-                teacher = batch.teacher.head(micro, self.device)
-                student = replace(head, hidden=head.hidden[:n])
-                seen = agreement(
-                    student,
-                    [replace(teacher, hidden=teacher.hidden[:n])],
-                    k=cfg.eval.top_k,
-                    temperature=cfg.rollout.temperature,
-                )
-                logp = logprob(student, tokens[:n], temperature=cfg.rollout.temperature).logp
-                deltas.append(batch.teacher.logp[micro][:n].to(logp.device) - logp)
-                overlap, count, left = overlap + seen.overlap.sum().item(), count + n, left - n
         name = batch.teacher.name
-        if not count:
+        sums, deltas = self.compare(batch.rollout, batch.teacher, self.cfg.opd.overlap_tokens)
+        if not len(deltas):
             return {}
-        deltas = torch.cat(deltas)
-        return {
-            f"overlap/{name}": overlap / count,
-            f"delta_min/{name}": deltas.min().item(),
-            f"delta_max/{name}": deltas.max().item(),
-        }
+        ends = {f"delta_min/{name}": deltas.min().item(), f"delta_max/{name}": deltas.max().item()}
+        return {f"overlap/{name}": sums[0] / len(deltas)} | ends
 
-    # --- state and placement ----------------------------------------------------------------------
+    @torch.no_grad()
+    def compare(self, rollout: Rollout, teacher: TeacherScore, limit: float = math.inf) -> tuple[list[float], Tensor]:
+        """On the first N tokens of a rollout, at most `limit`: sums of overlap, forward and reverse KL; and δ (N,)."""
+        sums, deltas, temperature = [0.0] * 3, [torch.empty(0)], self.cfg.rollout.temperature
+        with self.on_device():
+            for micro, rows in enumerate(rollout.sequences.micro_batches(self.cfg.micro_batch_tokens)):
+                if limit <= 0:
+                    break
+                head, tokens = self.head(rollout, rows)
+                tokens = tokens[: int(min(limit, len(tokens)))]
+                student, other = (
+                    replace(h, hidden=h.hidden[: len(tokens)]) for h in (head, teacher.head(micro, self.device))
+                )
+                seen = agreement(student, [other], k=self.cfg.eval.top_k, temperature=temperature)
+                sums = [total + value.sum().item() for total, value in zip(sums, seen, strict=True)]
+                logp = logprob(student, tokens, temperature=temperature).logp
+                deltas.append((teacher.logp[micro][: len(tokens)].to(logp.device) - logp).cpu())
+                limit -= len(tokens)
+        return sums, torch.cat(deltas)
 
     def freeze(self) -> None:
         """Keeps a copy of the weights as they are now, to teach with until `thaw`."""
@@ -321,23 +297,22 @@ class Branch:
     def state(self) -> dict[str, Any]:
         return {
             "model": self.model.state_dict(),
-            "master": self.master if self.master[0] is not self.parameters[0] else None,
+            "master": self.master,
             "optimizer": self.optimizer.state_dict(),
-            "frozen": None if self.frozen is None else self.frozen.state_dict(),
+            "frozen": self.frozen and self.frozen.state_dict(),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
-        if state["master"] is not None:
-            for master, saved in zip(self.master, state["master"], strict=True):
-                master.data.copy_(saved)
+        for master, saved in zip(self.master, state["master"], strict=True):
+            master.data.copy_(saved)
         self.optimizer.load_state_dict(state["optimizer"])
         if state["frozen"] is not None:
             self.freeze()
             self.frozen.load_state_dict(state["frozen"])
 
     @contextmanager
-    def on_device(self):
+    def on_device(self) -> Iterator[None]:
         """With `cfg.offload`, the branch visits its device for the length of the block."""
         here = self.model.get_input_embeddings().weight.device
         if not self.cfg.offload or here.type == self.device.type:
@@ -353,9 +328,7 @@ class Branch:
         self.model.to(device)
         if self.frozen is not None:
             self.frozen.to(device)
-        for master, parameter in zip(self.master, self.parameters, strict=True):
-            if master is not parameter:
-                master.data = master.data.to(device)
-            for name, value in self.optimizer.state.get(master, {}).items():
-                if name != "step":
-                    self.optimizer.state[master][name] = value.to(device)
+        for master in self.master:
+            master.data = master.data.to(device)
+        # loading casts the moments to where their weights are
+        self.optimizer.load_state_dict(self.optimizer.state_dict())

@@ -13,14 +13,12 @@ from PIL import Image
 from copd.branch import Branch
 from copd.rollout import completions, rewards, seed_of
 from copd.tasks import Task
-from copd_kernels import agreement
 
 Record = dict[str, Any]
 
 
 def accuracy(branch: Branch, task: Task, prompts: int, samples: int) -> tuple[Record, list[Record]]:
     """Mean reward on the task's first test prompts, sampled and greedy; and a few samples to show."""
-    cfg = branch.cfg
     rows = [task.prompt(i, "test") for i in range(min(prompts, task.size("test")))]
     sampled = branch.rollout(rows, seed_of("test", task.name), samples)
     greedy = branch.rollout(rows, 0, 1, greedy=True)
@@ -34,6 +32,7 @@ def accuracy(branch: Branch, task: Task, prompts: int, samples: int) -> tuple[Re
         "clipped_ratio": sampled.truncated.float().mean().item(),
         "mean_length": sampled.mask.sum(1).float().mean().item(),
     }
+    texts, scores = completions(task, sampled)[::samples], reward[:, 0].tolist()
     shown = [
         {
             "branch": branch.name,
@@ -42,38 +41,23 @@ def accuracy(branch: Branch, task: Task, prompts: int, samples: int) -> tuple[Re
             "prompt": row.text,
             "completion": text,
             "answer": str(row.columns.get("answer", "")),
-            "reward": value,
+            "reward": score,
             "images": [data_uri(image) for image in row.images],
         }
-        for row, text, value in zip(
-            rows[: cfg.eval.shown], completions(task, sampled)[::samples], reward[:, 0].tolist(), strict=False
-        )
+        for row, text, score in list(zip(rows, texts, scores, strict=True))[: branch.cfg.eval.shown]
     ]
     return record, shown
 
 
-@torch.no_grad()
 def divergence(student: Branch, teacher: Branch, task: Task) -> Record:
     """Top-k overlap and KLs between two branches at the tokens that `student` samples on the task's test prompts.
 
     `symmetric_kl` is forward + reverse, not halved.
     """
-    cfg = student.cfg
-    rows = [task.prompt(i, "test") for i in range(min(cfg.eval.divergence_prompts, task.size("test")))]
+    rows = [task.prompt(i, "test") for i in range(min(student.cfg.eval.divergence_prompts, task.size("test")))]
     rollout = student.rollout(rows, seed_of("divergence", task.name))
-    score = teacher.score(rollout)
-    totals = torch.zeros(3)
-    with student.on_device():
-        for micro, part in enumerate(rollout.sequences.micro_batches(cfg.micro_batch_tokens)):
-            seen = agreement(
-                student.head(rollout, part)[0],
-                [score.head(micro, student.device)],
-                k=cfg.eval.top_k,
-                temperature=cfg.rollout.temperature,
-            )
-            totals += torch.stack([value.sum().cpu() for value in seen])
-    tokens = int(rollout.mask.sum())
-    overlap, forward_kl, reverse_kl = (totals / tokens).tolist()
+    sums, deltas = student.compare(rollout, teacher.score(rollout))
+    overlap, forward_kl, reverse_kl = (torch.tensor(sums) / len(deltas)).tolist()
     return {
         "student": student.name,
         "teacher": teacher.name,
@@ -82,7 +66,7 @@ def divergence(student: Branch, teacher: Branch, task: Task) -> Record:
         "forward_kl": forward_kl,
         "reverse_kl": reverse_kl,
         "symmetric_kl": forward_kl + reverse_kl,
-        "tokens": tokens,
+        "tokens": len(deltas),
     }
 
 

@@ -159,7 +159,7 @@ def test_scoring_leaves_the_teacher_unchanged(tmp_path):
     cfg = make_config(tmp_path)
     student, teacher = make_branch(cfg), make_branch(cfg, "image")
     before = weights(teacher)
-    student.update([student.cross_batch(teacher, 0)])
+    student.learn([student.cross_batch(teacher, 0)])
     assert same(weights(teacher), before)
     assert all(p.grad is None for p in teacher.parameters)
 
@@ -240,7 +240,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path):
 
 def test_from_the_second_update_on_a_batch_the_ratio_leaves_one(tmp_path):
     student = rewarded(make_branch(make_config(tmp_path, "rlvr.updates_per_batch=3", "optim.lr=0.05")))
-    metrics = student.update([student.native_batch(0)])
+    metrics = student.learn([student.native_batch(0)])
     assert metrics["clip_ratio/low_mean"] + metrics["clip_ratio/high_mean"] > 0
 
 
@@ -265,7 +265,7 @@ def test_bf16_models_learn_through_fp32_master_weights(tmp_path):
     branch = rewarded(make_branch(make_config(tmp_path, "model.dtype=bfloat16", "optim.lr=1e-5")))
     start = [master.clone() for master in branch.master]
     for step in range(3):
-        branch.update([branch.native_batch(step)])
+        branch.learn([branch.native_batch(step)])
     assert all(p.dtype == torch.bfloat16 for p in branch.model.parameters())
     assert all(m.dtype == torch.float32 for m in branch.master)
     assert sum((m != s).any() for m, s in zip(branch.master, start, strict=True)) > 0
@@ -277,7 +277,7 @@ def test_activation_checkpointing_gives_the_same_gradient(tmp_path):
     updated = []
     for flag in ("false", "true"):
         branch = rewarded(make_branch(make_config(tmp_path, f"model.activation_checkpointing={flag}"), "image"))
-        branch.update([branch.native_batch(0)])
+        branch.learn([branch.native_batch(0)])
         updated.append(weights(branch))
     for name, value in updated[0].items():
         torch.testing.assert_close(updated[1][name], value, rtol=1e-4, atol=1e-5)
