@@ -22,45 +22,37 @@ from copd import rewards
 from copd.config import DataConfig
 from copd.tasks import Prompt, Split
 
+Rows = Sequence[dict[str, Any]]
 MEDIA_COLUMNS = ("images", "image", "video")
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 THUMBNAIL = 256  # pixels of the longer side of the images kept for the report
 
 
 class FileTask:
-    """Rows of files as a `copd.tasks.Task`.
-
-    Train and test share no row: a training row of a JSONL that equals a test row is left out.
-    """
+    """Rows of files as a `copd.tasks.Task`. A training row that equals a test row is left out."""
 
     def __init__(self, name: str, cfg: DataConfig, processor: Any) -> None:
-        self.name = name
-        self.cfg = cfg
-        self.processor = processor
+        self.name, self.cfg, self.processor = name, cfg, processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.chat = cfg.chat and getattr(processor, "chat_template", None) is not None
         self.functions = [rewards.load(reward) for reward in cfg.rewards]
         train = test = read(cfg.path, cfg.split, cfg.config_name)
-        if cfg.test_path is not None or cfg.test_split is not None:
-            test = read(cfg.test_path or cfg.path, cfg.test_split or cfg.split, cfg.config_name)
-            kept, held_out = range(len(train)), range(len(test))
-        else:
+        if cfg.test_path is None and cfg.test_split is None:
             kept = range(len(train) - cfg.test_rows)
             held_out = range(len(kept), len(train))
-        if isinstance(train, list) and isinstance(test, list):
-            seen = {json.dumps(test[i], sort_keys=True) for i in held_out}
-            kept = [i for i in kept if json.dumps(train[i], sort_keys=True) not in seen]
+        else:
+            test = read(cfg.test_path or cfg.path, cfg.test_split or cfg.split, cfg.config_name)
+            kept, held_out = range(len(train)), range(len(test))
+        kept = unseen(train, kept, test, held_out)
         if not (len(kept) and len(held_out)):
             got = f"{len(train)} rows of {cfg.path} and test_rows {cfg.test_rows}"
             raise ValueError(f"{name}: data must leave rows to train on and rows to test on; got {got}")
-        self.rows: dict[Split, tuple[Sequence[dict[str, Any]], Sequence[int]]] = {
-            "train": (train, kept),
-            "test": (test, held_out),
-        }
+        self.rows: dict[Split, tuple[Rows, Sequence[int]]] = {"train": (train, kept), "test": (test, held_out)}
         self.files: dict[Split, str] = {"train": cfg.path, "test": cfg.test_path or cfg.path}
         for split, (rows, indices) in self.rows.items():
             if isinstance(rows, list):  # cheap enough to find what is missing before the first step
                 for index in range(len(indices)):
-                    self._check(split, index)
+                    self._media(split, index)
 
     def size(self, split: Split) -> int:
         return len(self.rows[split][1])
@@ -107,55 +99,50 @@ class FileTask:
         return f"{self.name}: row {self.rows[split][1][index]} of {self.files[split]}"
 
     def _media(self, split: Split, index: int) -> tuple[list[Any], list[Any]]:
-        """Images and frames of a row, paths resolved against the folder of its file."""
-        row, file = self._row(split, index), Path(self.files[split])
+        """Images and frames of a row, paths resolved against the folder of its file.
+
+        Raises `ValueError` for a row without prompt, or whose image or frames are not there.
+        """
+        row, where, column = self._row(split, index), self._where(split, index), self.cfg.prompt_column
+        if not isinstance(row.get(column), str | list) or not row[column]:
+            raise ValueError(f"{where}: {column} must be text or a list of messages; got {row.get(column)!r}")
+        file = Path(self.files[split])
         folder = file if file.is_dir() else file.parent
-        images = row.get("images") or row.get("image") or []
-        frames = row.get("video") or []
+        images, frames = row.get("images") or row.get("image") or [], row.get("video") or []
         if isinstance(frames, str):
             found = [path for path in (folder / frames).glob("*") if path.suffix.lower() in IMAGE_SUFFIXES]
-            frames = [path.relative_to(folder) for path in sorted(found, key=_natural)] or [frames]
-        resolve = lambda item: folder / item if isinstance(item, str | Path) else item  # noqa: E731
-        images = images if isinstance(images, list) else [images]
-        return [resolve(image) for image in images], [resolve(frame) for frame in frames]
-
-    def _check(self, split: Split, index: int) -> None:
-        """Raises `ValueError` for a row without prompt, or whose image or frames are not there."""
-        row, column = self._row(split, index), self.cfg.prompt_column
-        if not isinstance(row.get(column), str | list) or not row[column]:
-            got = repr(row.get(column))
-            raise ValueError(f"{self._where(split, index)}: {column} must be text or a list of messages; got {got}")
-        for kind, items in zip(("images", "video"), self._media(split, index), strict=True):
-            for item in items:
+            frames = sorted(found, key=_natural) or [frames]
+        found = []
+        for kind, items, rule in (
+            ("images", images if isinstance(images, list) else [images], "be an image file"),
+            ("video", frames, "be a folder of frames or a list of them"),
+        ):
+            found.append([folder / item if isinstance(item, str) else item for item in items])
+            for item in found[-1]:
                 if isinstance(item, Path) and not item.is_file():
-                    rule = (
-                        "must be an image file" if kind == "images" else "must be a folder of frames or a list of them"
-                    )
-                    raise ValueError(f"{self._where(split, index)}: {kind} {rule}; got {item}")
+                    raise ValueError(f"{where}: {kind} must {rule}; got {item}")
                 if not isinstance(item, Path | Image.Image):
-                    raise ValueError(f"{self._where(split, index)}: {kind} must be paths; got {type(item).__name__}")
+                    raise ValueError(f"{where}: {kind} must be paths; got {type(item).__name__}")
+        return found[0], found[1]
 
     def _prompt(self, index: int, split: Split) -> Prompt:
-        self._check(split, index)
-        row = self._row(split, index)
         images, frames = self._media(split, index)
-        chosen = list(range(len(frames)))
-        if self.cfg.max_frames is not None and len(frames) > self.cfg.max_frames:
-            chosen = np.linspace(0, len(frames) - 1, self.cfg.max_frames).round().astype(int).tolist()
+        row, where, column = self._row(split, index), self._where(split, index), self.cfg.prompt_column
+        count = min(len(frames), self.cfg.max_frames or len(frames))
+        chosen = np.linspace(0, len(frames) - 1, count).round().astype(int).tolist()
         metadata = VideoMetadata(total_num_frames=len(frames), fps=self.cfg.fps, frames_indices=chosen)
-        images = [_rgb(image) for image in images]
-        frames = [_rgb(frames[i]) for i in chosen]
-        text = self._render(row[self.cfg.prompt_column], len(images), bool(frames), self._where(split, index))
-        if images or frames:
-            if self.processor is self.tokenizer:
-                raise ValueError(f"{self._where(split, index)}: the model must read images; got a tokenizer alone")
-            media: dict[str, Any] = {"images": images} if images else {}
-            if frames:
-                video = np.stack([np.asarray(frame) for frame in frames])  # (frames, H, W, 3)
-                media |= {"videos": [video], "video_metadata": [metadata], "do_sample_frames": False}
-            inputs = dict(self.processor(text=[text], return_tensors="pt", **media))
+        images, frames = [_rgb(image) for image in images], [_rgb(frames[i]) for i in chosen]
+        text = self._render(row[column], len(images), bool(frames), where)
+        media: dict[str, Any] = {"images": images} if images else {}
+        if frames:
+            video = np.stack([np.asarray(frame) for frame in frames])  # (frames, H, W, 3)
+            media |= {"videos": [video], "video_metadata": [metadata], "do_sample_frames": False}
+        if not media:
+            inputs = dict(self.tokenizer([text], return_tensors="pt", add_special_tokens=not self.chat))
+        elif self.processor is self.tokenizer:
+            raise ValueError(f"{where}: the model must read images; got a tokenizer alone")
         else:
-            inputs = dict(self.tokenizer([text], return_tensors="pt", add_special_tokens=not self._chat))
+            inputs = dict(self.processor(text=[text], return_tensors="pt", **media))
         input_ids = inputs.pop("input_ids")[0].tolist()
         kinds = inputs.pop("mm_token_type_ids", None)
         return Prompt(
@@ -165,37 +152,51 @@ class FileTask:
             input_ids=input_ids,
             mm_token_type_ids=[0] * len(input_ids) if kinds is None else kinds[0].tolist(),
             media={key: value for key, value in inputs.items() if key not in ("attention_mask", "token_type_ids")},
-            columns={k: v for k, v in row.items() if k not in (self.cfg.prompt_column, *MEDIA_COLUMNS)},
+            columns={k: v for k, v in row.items() if k not in (column, *MEDIA_COLUMNS)},
             images=[_thumbnail(image) for image in images + frames],
         )
 
-    @property
-    def _chat(self) -> bool:
-        return self.cfg.chat and getattr(self.processor, "chat_template", None) is not None
-
     def _render(self, prompt: str | list[dict[str, Any]], images: int, video: bool, where: str) -> str:
         """The prompt as the model reads it, with one placeholder for each image and video."""
-        if isinstance(prompt, str) and not self._chat:
+        if not self.chat:
+            if not isinstance(prompt, str):
+                raise ValueError(f"{where}: messages must have a chat template; got a model without, or chat false")
             return "\n\n".join(filter(None, [self.cfg.system_prompt, prompt]))
-        if not self._chat:
-            raise ValueError(f"{where}: messages must have a chat template; got a model without, or chat false")
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else copy.deepcopy(prompt)
-        if self.processor is self.tokenizer:
-            parts = lambda content: content  # noqa: E731
-        else:
-            parts = lambda content: [{"type": "text", "text": content}] if isinstance(content, str) else content  # noqa: E731
-        messages = [{**message, "content": parts(message["content"])} for message in messages]
         if self.cfg.system_prompt is not None and messages[0]["role"] != "system":
-            messages.insert(0, {"role": "system", "content": parts(self.cfg.system_prompt)})
+            messages.insert(0, {"role": "system", "content": self.cfg.system_prompt})
+        for message in messages:
+            if isinstance(message["content"], str) and self.processor is not self.tokenizer:
+                message["content"] = [{"type": "text", "text": message["content"]}]
+        content = [part for m in messages if isinstance(m["content"], list) for part in m["content"]]
         for kind, wanted in (("image", images), ("video", int(video))):
-            content = [part for m in messages if isinstance(m["content"], list) for part in m["content"]]
             placed = sum(part["type"] == kind for part in content)
-            if placed == 0:  # ahead of the first user turn, as TRL puts them
+            if not placed and wanted:  # ahead of the first user turn, as TRL puts them
                 user = next(message for message in messages if message["role"] == "user")
-                user["content"] = [{"type": kind}] * wanted + user["content"] if wanted else user["content"]
+                user["content"] = [{"type": kind}] * wanted + user["content"]
             elif placed != wanted:
                 raise ValueError(f"{where}: messages must place each {kind} once, {wanted} in all; got {placed}")
         return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def unseen(train: Rows, kept: Sequence[int], test: Rows, held_out: Sequence[int]) -> Sequence[int]:
+    """Those of `kept` that equal no held-out row. Media are decoded only where everything else is equal."""
+
+    def texts(rows: Rows) -> Rows:
+        if isinstance(rows, list):
+            return [{name: value for name, value in row.items() if name not in MEDIA_COLUMNS} for row in rows]
+        return rows.remove_columns([name for name in MEDIA_COLUMNS if name in rows.column_names])
+
+    def key(row: dict[str, Any]) -> str:
+        return json.dumps(row, sort_keys=True, default=lambda image: str((image.size, image.tobytes())))
+
+    train_texts, test_texts = texts(train), texts(test)
+    alike: dict[str, list[int]] = {}
+    for i in held_out:
+        alike.setdefault(key(test_texts[i]), []).append(i)
+    twins = {i: alike[text] for i in kept if (text := key(train_texts[i])) in alike}
+    equal = {i for i, others in twins.items() if key(train[i]) in {key(test[j]) for j in others}}
+    return [i for i in kept if i not in equal] if equal else kept
 
 
 def read(path: str, split: str, config_name: str | None) -> Sequence[dict[str, Any]]:

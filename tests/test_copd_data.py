@@ -203,6 +203,16 @@ def test_datasets_and_their_decoded_images_work(processor, tmp_path):
     assert task.prompt(1).media["image_grid_thw"].tolist() == [[1, 4, 4]]
 
 
+def test_equal_rows_of_a_dataset_leave_the_training_split_and_other_images_stay(processor, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    white, black = (Image.new("RGB", (16, 16), colour) for colour in ("white", "black"))
+    made = datasets.Dataset.from_list([{"prompt": "?", "images": [im], "answer": "1"} for im in (white, black, white)])
+    made.cast_column("images", datasets.List(datasets.Image())).save_to_disk(tmp_path / "saved")
+    task = FileTask("image", config(str(tmp_path / "saved")), processor)
+    assert [task.size("train"), task.size("test")] == [1, 1]
+    assert task.prompt(0).images[0].max() == 0
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
