@@ -8,8 +8,8 @@ B = P * G rows, L positions (prompt left-padded, then completion), D hidden size
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,50 +28,35 @@ from copd.config import ModelConfig
 from copd.processor import load_processor
 from copd.tasks import Prompt, vocabulary
 
-MEDIA = (("pixel_values", "image_grid_thw", 1), ("pixel_values_videos", "video_grid_thw", 2))
+# pixels and grid as the processor names them, and the id of the placeholder in the model's config
+MEDIA = (
+    ("pixel_values", "image_grid_thw", "image_token_id"),
+    ("pixel_values_videos", "video_grid_thw", "video_token_id"),
+)
 
 
 def build_tiny(cfg: ModelConfig, seed: int) -> PreTrainedModel:
     """A Qwen3-VL of about half a million parameters that reads the words of `copd.tasks.vocabulary`."""
-    head_dim = cfg.hidden_size // cfg.heads
-    section = [head_dim // 2 - 2 * (head_dim * 3 // 16), head_dim * 3 // 16, head_dim * 3 // 16]
+    head_dim, ids = cfg.hidden_size // cfg.heads, vocabulary.ID
+    # a third of the rotary pairs each for time, height and width, the remainder for time
+    share = head_dim * 3 // 16
+    sizes = {"vocab_size": vocabulary.SIZE, "hidden_size": cfg.hidden_size, "intermediate_size": 2 * cfg.hidden_size}
+    heads = {"num_attention_heads": cfg.heads, "num_key_value_heads": cfg.heads, "head_dim": head_dim}
+    section = {"mrope_section": [head_dim // 2 - 2 * share, share, share], "mrope_interleaved": True}
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4} | section}
+    special = {"eos_token_id": ids[vocabulary.EOS], "pad_token_id": ids[vocabulary.PAD], "tie_word_embeddings": True}
+    text = {"num_hidden_layers": cfg.layers, "initializer_range": cfg.init_std} | sizes | heads | rope | special
+    width = {"hidden_size": cfg.vision_hidden_size, "intermediate_size": 2 * cfg.vision_hidden_size, "num_heads": 2}
+    patches = {"patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2, "num_position_embeddings": 256}
+    output = {"out_hidden_size": cfg.hidden_size, "deepstack_visual_indexes": [0]}
+    vision = {"depth": cfg.vision_layers, "initializer_range": cfg.init_std} | width | patches | output
     config = Qwen3VLConfig(
-        text_config={
-            "vocab_size": vocabulary.SIZE,
-            "hidden_size": cfg.hidden_size,
-            "intermediate_size": 2 * cfg.hidden_size,
-            "num_hidden_layers": cfg.layers,
-            "num_attention_heads": cfg.heads,
-            "num_key_value_heads": cfg.heads,
-            "head_dim": head_dim,
-            "initializer_range": cfg.init_std,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 1e4,
-                "mrope_section": section,
-                "mrope_interleaved": True,
-            },
-            "eos_token_id": vocabulary.ID[vocabulary.EOS],
-            "pad_token_id": vocabulary.ID[vocabulary.PAD],
-            "tie_word_embeddings": True,
-        },
-        vision_config={
-            "depth": cfg.vision_layers,
-            "hidden_size": cfg.vision_hidden_size,
-            "intermediate_size": 2 * cfg.vision_hidden_size,
-            "num_heads": 2,
-            "patch_size": 4,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-            "out_hidden_size": cfg.hidden_size,
-            "num_position_embeddings": 256,
-            "deepstack_visual_indexes": [0],
-            "initializer_range": cfg.init_std,
-        },
-        image_token_id=vocabulary.ID[vocabulary.IMAGE],
-        video_token_id=vocabulary.ID[vocabulary.VIDEO],
-        vision_start_token_id=vocabulary.ID[vocabulary.VISION_START],
-        vision_end_token_id=vocabulary.ID[vocabulary.VISION_END],
+        text_config=text,
+        vision_config=vision,
+        image_token_id=ids[vocabulary.IMAGE],
+        video_token_id=ids[vocabulary.VIDEO],
+        vision_start_token_id=ids[vocabulary.VISION_START],
+        vision_end_token_id=ids[vocabulary.VISION_END],
         tie_word_embeddings=True,
     )
     with torch.random.fork_rng(devices=[]):
@@ -83,13 +68,10 @@ def load(cfg: ModelConfig, seed: int, device: torch.device) -> tuple[PreTrainedM
     """The base model, fp32, and its processor (a tokenizer for a text-only model)."""
     if cfg.path is None:
         return build_tiny(cfg, seed).to(device), vocabulary.tokenizer()
-    attention = cfg.attention
-    if attention is None:
-        flash = device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
-        attention = "flash_attention_2" if flash else "sdpa"
-    liger = cfg.liger and device.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None
-    if liger:
+    flash, liger = (device.type == "cuda" and find_spec(name) is not None for name in ("flash_attn", "liger_kernel"))
+    if cfg.liger and liger:
         apply_liger(AutoConfig.from_pretrained(cfg.path).model_type)
+    attention = cfg.attention or ("flash_attention_2" if flash else "sdpa")
     model, processor = load_saved(cfg.path, attn_implementation=attention)
     return model.to(device), processor
 
@@ -107,16 +89,13 @@ def load_saved(path: str | Path, **options: Any) -> tuple[PreTrainedModel, Any]:
 def load_like(folder: Path, base: PreTrainedModel, processor: Any) -> PreTrainedModel:
     """The model in `folder`. Raises `ValueError` where its tokenizer or vocabulary is not the base's."""
     model, own = load_saved(folder)
-    if vocabulary_of(own) != vocabulary_of(processor):
+    words = [getattr(p, "tokenizer", p).get_vocab() for p in (own, processor)]
+    if words[0] != words[1]:
         raise ValueError(f"branch: tokenizer of {folder} must be the base's; got another vocabulary")
     rows, base_rows = (m.get_output_embeddings().weight.shape[0] for m in (model, base))
     if rows != base_rows:
         raise ValueError(f"branch: vocabulary of {folder} must have the base's {base_rows} rows; got {rows}")
     return model
-
-
-def vocabulary_of(processor: Any) -> dict[str, int]:
-    return getattr(processor, "tokenizer", processor).get_vocab()
 
 
 def apply_liger(model_type: str) -> None:
@@ -169,13 +148,11 @@ class Sequences:
 def collate(model: PreTrainedModel, prompts: list[Prompt], pad: int, device: torch.device) -> Sequences:
     """Prompts alone, left-padded to one length L (samples = 1)."""
     length = max(len(prompt.input_ids) for prompt in prompts)
-    input_ids = torch.full((len(prompts), length), pad)
-    kinds = torch.zeros(len(prompts), length, dtype=torch.int32)
-    mask = torch.zeros(len(prompts), length, dtype=torch.int64)
-    for row, prompt in enumerate(prompts):
-        input_ids[row, length - len(prompt.input_ids) :] = torch.tensor(prompt.input_ids)
-        kinds[row, length - len(prompt.input_ids) :] = torch.tensor(prompt.mm_token_type_ids, dtype=torch.int32)
-        mask[row, length - len(prompt.input_ids) :] = 1
+    before = [length - len(prompt.input_ids) for prompt in prompts]
+    pairs = list(zip(before, prompts, strict=True))
+    input_ids = torch.tensor([[pad] * n + prompt.input_ids for n, prompt in pairs])
+    kinds = torch.tensor([[0] * n + prompt.mm_token_type_ids for n, prompt in pairs], dtype=torch.int32)
+    mask = (torch.arange(length) >= torch.tensor(before)[:, None]).long()
     if any(prompt.media for prompt in prompts):
         grids = {grid: [p.media[grid] for p in prompts if grid in p.media] for _, grid, _ in MEDIA}
         position_ids, _ = model.model.get_rope_index(
@@ -213,42 +190,37 @@ def hidden_states(model: PreTrainedModel, batch: Sequences, cache: Any = None) -
         return model.model(
             batch.input_ids, attention_mask=mask, position_ids=batch.position_ids[0], **extra
         ).last_hidden_state
-    embeds = model.get_input_embeddings()(batch.input_ids)
-    # deepstack: features of early vision layers, added to the first language layers at the visual positions
+    # embeddings; then deepstack, features of early vision layers that the first language layers add where media are
+    layers = [model.get_input_embeddings()(batch.input_ids)]
     visual = torch.zeros_like(batch.input_ids, dtype=torch.bool)
-    deepstack = None
-    encoded = [(encode_media(model, batch, *names), kind) for *names, kind in MEDIA]
-    present = [(features, kind) for features, kind in encoded if features is not None]
-    if present:
-        token = {1: model.config.image_token_id, 2: model.config.video_token_id}
-        layers = [torch.zeros_like(embeds) for _ in present[0][0][1:]]
-        for (features, *early), kind in present:
-            where = batch.input_ids == token[kind]
-            embeds = embeds.masked_scatter(where[..., None], features.to(embeds.dtype))
+    for pixels, grid, token in MEDIA:
+        if features := encode_media(model, batch, pixels, grid):
+            where = batch.input_ids == getattr(model.config, token)
+            layers += [torch.zeros_like(layers[0])] * (len(features) - len(layers))
             layers = [
-                layer.masked_scatter(where[..., None], feature.to(embeds.dtype))
-                for layer, feature in zip(layers, early, strict=True)
+                layer.masked_scatter(where[..., None], feature.to(layer.dtype))
+                for layer, feature in zip(layers, features, strict=True)
             ]
             visual = visual | where
-        deepstack = [layer[visual] for layer in layers]
+    embeds, *deepstack = layers
     return model.model.language_model(
         inputs_embeds=embeds,
         attention_mask=mask,
         position_ids=batch.position_ids,
-        visual_pos_masks=visual if present else None,
-        deepstack_visual_embeds=deepstack,
+        visual_pos_masks=visual if deepstack else None,
+        deepstack_visual_embeds=[layer[visual] for layer in deepstack] or None,
         **extra,
     ).last_hidden_state
 
 
-def encode_media(model: PreTrainedModel, batch: Sequences, pixels: str, grid: str) -> list[Tensor] | None:
+def encode_media(model: PreTrainedModel, batch: Sequences, pixels: str, grid: str) -> list[Tensor]:
     """Features (visual tokens of all rows, D) of images or videos: the tower's output, then its deepstack layers.
 
     The tower runs once a prompt; its features are repeated for the prompt's rows, so gradients add up over them.
     """
     owners = [prompt for prompt in batch.prompts if pixels in prompt.media]
     if not owners:
-        return None
+        return []
     device = batch.input_ids.device
     grids = torch.cat([prompt.media[grid] for prompt in owners])
     output = model.model.get_image_features(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel
 
 from copd.config import RolloutConfig
@@ -66,9 +67,9 @@ def special_tokens(model: PreTrainedModel, processor) -> tuple[list[int], int, l
     eos.update(configured if isinstance(configured, list) else [configured])
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     media = [getattr(model.config, name, None) for name in names]
-    pad = tokenizer.pad_token_id
     eos = sorted(token for token in eos if token is not None)
-    return eos, eos[0] if pad is None else pad, [token for token in media if token is not None]
+    padding = eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return eos, padding, [token for token in media if token is not None]
 
 
 @torch.no_grad()
@@ -92,9 +93,8 @@ def generate(
         for i in range(0, len(prompts), chunk)
     ]
     width = max(tokens.shape[1] for tokens, _ in parts)
-    fill = lambda x, value: torch.nn.functional.pad(x, (0, width - x.shape[1]), value=value)  # noqa: E731
-    tokens = torch.cat([fill(tokens, special[1]) for tokens, _ in parts])
-    logp = torch.cat([fill(logp, 0.0) for _, logp in parts])
+    tokens = torch.cat([pad(tokens, (0, width - tokens.shape[1]), value=special[1]) for tokens, _ in parts])
+    logp = torch.cat([pad(logp, (0, width - logp.shape[1])) for _, logp in parts])
     ended = torch.isin(tokens, torch.tensor(special[0], device=device))
     mask = ended.cumsum(1) - ended.long() == 0  # up to and including the first EOS
     lengths = torch.tensor([t.shape[1] for t, _ in parts for _ in range(t.shape[0])], device=device)
@@ -112,7 +112,7 @@ def _generate(
     generator: torch.Generator,
     greedy: bool,
 ) -> tuple[Tensor, Tensor]:
-    eos, pad, media = special
+    eos, padding, media = special
     cache = DynamicCache(config=model.config)
     last = hidden_states(model, prompts, cache)[:, -1].repeat_interleave(samples, 0)  # (B, D)
     cache.batch_repeat_interleave(samples)
@@ -127,7 +127,7 @@ def _generate(
         logp = logits.log_softmax(-1)
         token = logp.argmax(-1) if greedy else torch.multinomial(logp.exp(), 1, generator=generator)[:, 0]
         logps.append(logp.gather(1, token[:, None])[:, 0])
-        tokens.append(torch.where(done, pad, token))
+        tokens.append(torch.where(done, padding, token))
         done = done | torch.isin(token, ends)
         if len(tokens) == cfg.max_new_tokens or done.all():
             return torch.stack(tokens, 1), torch.stack(logps, 1)
