@@ -24,8 +24,8 @@ def exact_match(completions: list[Completion], answer: list[Any], **columns: Any
     `answer:` or `answer` on its line, else the whole completion. None where the row has no `answer`.
     """
     return [
-        None if want is None else float(_normal(final_answer(_content(got))) == _normal(str(want)))
-        for got, want in zip(completions, answer, strict=True)
+        None if want is None else float(_normal(final_answer(got)) == _normal(str(want)))
+        for got, want in zip(map(_content, completions), answer, strict=True)
     ]
 
 
@@ -36,10 +36,8 @@ def multiple_choice(completions: list[Completion], answer: list[Any], **columns:
     `answer` has no letter.
     """
     rewards: list[float | None] = []
-    for completion, want in zip(completions, answer, strict=True):
-        letter = _letter(str(want))
-        text = _content(completion)
-        marked = final_answer(text)
+    for got, want in zip(map(_content, completions), answer, strict=True):
+        letter, marked = _letter(str(want)), final_answer(got)
         alone = re.findall(r"(?<![\w'])[A-HJ-Z](?![\w'])", marked)
         chosen = _letter(marked) or (alone[-1] if alone else None)
         rewards.append(None if letter is None else float(chosen == letter))
@@ -58,15 +56,12 @@ def math_verify(completions: list[Completion], answer: list[Any], **columns: Any
         raise RuntimeError("math_verify: needs the package math-verify; run: pip install math-verify") from error
     limit = 5 if threading.current_thread() is threading.main_thread() else None
     rewards: list[float | None] = []
-    for completion, want in zip(completions, answer, strict=True):
+    for got, want in zip(map(_content, completions), answer, strict=True):
         # a bare answer is LaTeX only between dollars
         forms = [] if want is None else [f"${want}$", str(want)]
         gold = next(filter(None, (parse(form, parsing_timeout=limit) for form in forms)), None)
-        if gold is None:
-            rewards.append(None)
-        else:
-            got = parse(_content(completion), parsing_timeout=limit)
-            rewards.append(float(verify(gold, got, timeout_seconds=limit)))
+        found = gold and verify(gold, parse(got, parsing_timeout=limit), timeout_seconds=limit)
+        rewards.append(None if gold is None else float(found))
     return rewards
 
 
@@ -127,27 +122,24 @@ def combine(
     """
     if not functions:
         raise ValueError("combine: functions must name at least one reward; got none")
-    if weights is None:
-        weights = [1.0] * len(functions)
+    weights = [1.0] * len(functions) if weights is None else weights
     if len(weights) != len(functions):
         raise ValueError(f"combine: weights must be one for each of the {len(functions)} rewards; got {len(weights)}")
+    names = [getattr(function, "__name__", type(function).__name__) for function in functions]
     totals: list[float | None] = [None] * len(completions)
-    for function, weight in zip(functions, weights, strict=True):
-        name = getattr(function, "__name__", type(function).__name__)
+    for name, function, weight in zip(names, functions, weights, strict=True):
         rewards = function(prompts=prompts, completions=completions, **columns)
         if len(rewards) != len(completions):
             rule = f"combine: {name} must return one reward for each of the {len(completions)} completions"
             raise ValueError(f"{rule}; got {len(rewards)}")
         for i, reward in enumerate(rewards):
-            if reward is None:
-                continue
-            if not math.isfinite(reward):
+            if reward is not None and not math.isfinite(reward):
                 raise ValueError(f"combine: {name} must return finite numbers or None; got {reward} for completion {i}")
-            totals[i] = (totals[i] or 0.0) + weight * float(reward)
-    for i, total in enumerate(totals):
-        if total is None:
-            names = [getattr(function, "__name__", type(function).__name__) for function in functions]
-            raise ValueError(f"combine: one of {names} must apply to every row; got None from all for completion {i}")
+            if reward is not None:
+                totals[i] = (totals[i] or 0.0) + weight * float(reward)
+    if None in totals:
+        nobody = f"None from all for completion {totals.index(None)}"
+        raise ValueError(f"combine: one of {names} must apply to every row; got {nobody}")
     return totals
 
 
