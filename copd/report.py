@@ -54,7 +54,6 @@ def write(directory: Path, output: Path | None = None) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["percent"] = percent
     document = environment.get_template("results.md.j2").render(
         name=name,
         suites=suites,
@@ -79,24 +78,22 @@ def collect(directory: Path) -> tuple[str, list[Result]]:
     if not runs:
         raise ValueError(f"report: directory must hold a results.json; got none below {directory}")
     runs = sorted(runs, key=lambda run: (run["variant"], list(METHODS).index(run["method"]), run["seed"]))
+    first = {run["variant"]: run["seed"] for run in sorted(runs, key=lambda run: -run["seed"])}
     shown: set[tuple[str, str, int]] = set()
-    return top.get("name", directory.resolve().name), [_slim(run, runs, shown) for run in runs]
+    for run in runs:
+        # samples of one seed, and every image once
+        run["samples"] = run["samples"] if run["seed"] == first[run["variant"]] else []
+        for sample in run["samples"]:
+            key = (run["variant"], sample["domain"], sample["index"])
+            sample["images"] = [] if key in shown else sample["images"]
+            shown.add(key)
+        for kind in ("eval", "divergence"):
+            run[kind] = [{name: record[name] for name in RECORD if name in record} for record in run[kind]]
+    return top.get("name", directory.resolve().name), runs
 
 
 def _read(path: Path) -> Result:
     return json.loads(path.read_text(), parse_float=lambda digits: round(float(digits), 6))
-
-
-def _slim(run: Result, runs: list[Result], shown: set[tuple[str, str, int]]) -> Result:
-    """`run` with what the report reads: samples of each suite's first seed, and every image once."""
-    first = min(other["seed"] for other in runs if other["variant"] == run["variant"])
-    samples = []
-    for sample in run["samples"] if run["seed"] == first else []:
-        key = (run["variant"], sample["domain"], sample["index"])
-        samples.append(sample if key not in shown else sample | {"images": []})
-        shown.add(key)
-    kept = {kind: [{k: r[k] for k in RECORD if k in r} for r in run[kind]] for kind in ("eval", "divergence")}
-    return run | kept | {"samples": samples}
 
 
 @dataclass(frozen=True)
@@ -168,17 +165,20 @@ class Suite:
 
     def final(self) -> list[list[str]]:
         """Rows (model, accuracy in every column, rollouts), the best of a column in bold."""
-        means = {c: {key: fmean(m.accuracy[c].values()) for key, m in self.models.items()} for c in self.columns}
-        rows = []
-        for key, model in self.models.items():
-            cells = [percent(model.accuracy[column].values()) for column in self.columns]
-            best = [means[column][key] == max(means[column].values()) for column in self.columns]
-            bold = [f"**{cell}**" if top else cell for cell, top in zip(cells, best, strict=True)]
-            rows.append([model.label, *bold, f"{model.rollouts:,.0f}"])
-        return rows
+        best = {c: max(fmean(model.accuracy[c].values()) for model in self.models.values()) for c in self.columns}
 
-    def ranked(self) -> list[Model]:
-        return sorted(self.models.values(), key=lambda model: -fmean(model.accuracy["overall"].values()))
+        def cell(model: Model, column: str) -> str:
+            values = model.accuracy[column].values()
+            return f"**{percent(values)}**" if fmean(values) == best[column] else percent(values)
+
+        return [
+            [model.label, *(cell(model, column) for column in self.columns), f"{model.rollouts:,.0f}"]
+            for model in self.models.values()
+        ]
+
+    def ranking(self) -> str:
+        overall = [(100 * fmean(model.accuracy["overall"].values()), model.label) for model in self.models.values()]
+        return " > ".join(f"{label} {mean:.1f}" for mean, label in sorted(overall, key=lambda pair: -pair[0]))
 
     def comparisons(self) -> list[list[str]]:
         """Rows (comparison, first, second, difference, seeds ahead), whichever way they go."""
@@ -198,15 +198,13 @@ class Suite:
         for branch, own in self.own.items():
             add(f"{branch} expert over base, on its own {own}", on(f"expert/{branch}", own), on("base", own))
         hub = self.first["hub"] if self.first["config"].get("topology", "hub") == "hub" else None
-        notes: dict[str, list[tuple[str, str]]] = {"{} (taught)": [], "{} (not taught)": [], "its own {}": []}
-        for branch in self.own:
-            for teacher, domain in self.own.items():
-                taught = "{} (taught)" if hub in (None, branch, teacher) else "{} (not taught)"
-                notes["its own {}" if branch == teacher else taught].append((branch, domain))
-        for note, pairs in notes.items():
-            for branch, domain in pairs:
-                label = f"CoPD {branch} over {branch} expert, on {note.format(domain)}"
-                add(label, on(f"copd/{branch}", domain), on(f"expert/{branch}", domain))
+        for kind in ("{} (taught)", "{} (not taught)", "its own {}"):
+            for branch in self.own:
+                for teacher, domain in self.own.items():
+                    taught = "{} (taught)" if hub in (None, branch, teacher) else "{} (not taught)"
+                    if kind == ("its own {}" if branch == teacher else taught):
+                        label = f"CoPD {branch} over {branch} expert, on {kind.format(domain)}"
+                        add(label, on(f"copd/{branch}", domain), on(f"expert/{branch}", domain))
         merged, experts = on("copd/merged", "overall"), [on(f"expert/{branch}", "overall") for branch in self.own]
         add("CoPD merged over base, overall", merged, on("base", "overall"))
         add("CoPD merged over the best expert, overall", merged, {s: max(e[s] for e in experts) for s in self.control})
@@ -220,12 +218,14 @@ class Suite:
         top_k = self.first["config"].get("eval", {}).get("top_k", 10)
         names = {f"top-{top_k} overlap": "overlap", "symmetric KL (nats a token)": "symmetric_kl"}
         methods = {"CoPD": self.runs["copd"], "independent": self.control}
-        found = {
-            name: {method: series(runs, "divergence", key) for method, runs in methods.items()}
-            for name, key in names.items()
+        trained = {
+            method: runs
+            for method, runs in methods.items()
+            if any(record["step"] > 0 for run in runs.values() for record in run["divergence"])
         }
         return {
-            n: {m: s for m, s in of.items() if len(s) > 1} for n, of in found.items() if any(map(bool, of.values()))
+            name: {method: series(runs, "divergence", key) for method, runs in trained.items()}
+            for name, key in (names.items() if trained else ())
         }
 
     def distances(self) -> list[list[str]]:
