@@ -1,0 +1,26 @@
+"""logprob: forward and backward, forward alone, a frozen head, a soft-capped one."""
+
+import torch
+
+from bench.rivals import COMPILED, FEW, LOGPROB
+from copd_kernels.rows import BACKENDS
+
+
+def bench_logprob(contest):
+    contest("logprob", LOGPROB | COMPILED, BACKENDS)
+
+
+def bench_bfloat16(contest):
+    contest("logprob", LOGPROB, dtype=torch.bfloat16)
+
+
+def bench_forward_alone(contest):
+    contest("logprob", LOGPROB, backward=False)
+
+
+def bench_frozen_head(contest):
+    contest("logprob", FEW, frozen=True)
+
+
+def bench_softcap(contest):
+    contest("logprob", FEW, model="gemma")

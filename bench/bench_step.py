@@ -1,0 +1,117 @@
+"""One training step of a Qwen3 model by stage: policy gradient on its own batch, distillation on another's.
+
+Two layers of the real class with a head of the named shape; the rest of the depth would only dilute what differs.
+The learning rate is zero, so that every round does the same work.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.cases import MODELS
+from bench.measure import OURS, Clock
+from copd_kernels import Head, kl, logprob
+from copd_kernels.rows import resolve
+
+LENGTH = 32
+
+
+def our_losses() -> tuple[Callable, Callable]:
+    def policy(model, hidden: Tensor, tokens: Tensor) -> Tensor:
+        return -logprob(Head.of(model, hidden), tokens).logp.mean()
+
+    def distill(model, hidden: Tensor, teacher, teacher_hidden: Tensor) -> Tensor:
+        return kl(Head.of(model, hidden), Head.of(teacher, teacher_hidden))
+
+    return policy, distill
+
+
+def eager_losses() -> tuple[Callable, Callable]:
+    def policy(model, hidden: Tensor, tokens: Tensor) -> Tensor:
+        return F.cross_entropy(model.lm_head(hidden).float().flatten(0, 1), tokens.flatten())
+
+    def distill(model, hidden: Tensor, teacher, teacher_hidden: Tensor) -> Tensor:
+        log_p = model.lm_head(hidden).float().log_softmax(-1)
+        with torch.no_grad():
+            log_q = teacher.lm_head(teacher_hidden).float().log_softmax(-1)
+        return F.kl_div(log_q, log_p, log_target=True, reduction="sum") / hidden.shape[:-1].numel()
+
+    return policy, distill
+
+
+class Step:
+    """A model, its teacher, an optimiser and one step, which notes the ms of each stage."""
+
+    def __init__(self, losses: tuple[Callable, Callable], config, scale, device: str) -> None:
+        from transformers import Qwen3ForCausalLM
+
+        torch.manual_seed(0)
+        with torch.device(device):
+            self.model, self.teacher = (Qwen3ForCausalLM(config).to(scale.dtype) for _ in range(2))
+            self.own, self.cross = torch.randint(0, config.vocab_size, (2, max(1, scale.N // LENGTH), LENGTH + 1))
+        # a branch of the same base: close to the student
+        for mine, theirs in zip(self.model.parameters(), self.teacher.parameters(), strict=True):
+            theirs.data.copy_(mine.data + 0.05 * theirs.data)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0)
+        self.losses, self.clock = losses, Clock(device)
+        self.stages: dict[str, list[float]] = defaultdict(list)
+        self.ms: list[float] = []
+
+    def __call__(self) -> float:
+        self.clock.prepare()
+        start = self.last = time.perf_counter()
+        policy, distill = self.losses
+        own = self.model.model(self.own[:, :-1]).last_hidden_state
+        cross = self.model.model(self.cross[:, :-1]).last_hidden_state
+        self.stage("backbone")
+        with torch.no_grad():
+            taught = self.teacher.model(self.cross[:, :-1]).last_hidden_state
+        self.stage("teacher")
+        loss = policy(self.model, own, self.own[:, 1:])
+        self.stage("logprob")
+        loss = loss + distill(self.model, cross, self.teacher, taught)
+        self.stage("kl")
+        loss.backward()
+        self.stage("backward")
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.peak = self.stage("optimizer")
+        self.ms.append(1e3 * (time.perf_counter() - start))
+        return loss.item()
+
+    def stage(self, name: str) -> float | None:
+        peak = self.clock.finish()
+        now = time.perf_counter()
+        self.stages[name].append(1e3 * (now - self.last))
+        self.last = now
+        return peak
+
+
+def bench_step(benchmark, record, scale, device):
+    transformers = pytest.importorskip("transformers", minversion="4.51")
+    D, V, _ = MODELS["qwen3-vl-4b"]
+    D, V = D // scale.shrink[0], V // scale.shrink[1]
+    sizes = {"hidden_size": D, "intermediate_size": 3 * D, "vocab_size": V, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": max(16, D // 8)}
+    config = transformers.Qwen3Config(**sizes, **heads, tie_word_embeddings=True)
+    mine, eager = (Step(losses, config, scale, device) for losses in (our_losses(), eager_losses()))
+    got, want = mine(), eager()
+    assert got == pytest.approx(want, rel=1e-2 if scale.dtype == torch.bfloat16 else 1e-5)
+    for step in (mine, eager):
+        step.stages.clear()
+        step.ms.clear()
+    benchmark.pedantic(mine, setup=lambda: eager() and None, rounds=scale.rounds)
+
+    steps = {OURS: mine, "eager": eager}
+    entries = [{"name": n, "ms": s.ms, "peak_mib": s.peak, "stages": s.stages} for n, s in steps.items()]
+    entries[0]["backend"] = resolve("step", None, torch.device(device))
+    shape = {"model": "qwen3-vl-4b", "shrink": scale.shrink, "D": D, "V": V, "layers": config.num_hidden_layers}
+    shape |= {"N": mine.own[:, 1:].numel(), "dtype": str(scale.dtype).removeprefix("torch."), "device": device}
+    record({"op": "step"} | shape | {"entries": entries})
