@@ -23,12 +23,16 @@ lint: setup
 
 test: lint
 	$(BIN)/python -m pytest -q -n 2 --durations=10
+	$(BIN)/python -m pytest -q -n 2 bench --benchmark-disable
 
 test-slow: setup
 	$(BIN)/python -m pytest -q -s -m slow
 
+# torch is named again, or the rivals' open ranges would pull another build
 bench: setup
-	$(BIN)/python -m bench.compare --rounds 1 --N 1024 --V 32768 --D 256
+	$(BIN)/pip install -q --disable-pip-version-check $(TORCH) -e '.[bench]'
+	$(BIN)/python -m pytest -q bench --results bench/results
+	$(BIN)/python -m bench.report
 
 clean:
 	rm -rf .venv build *.egg-info
