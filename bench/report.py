@@ -118,7 +118,7 @@ def headline(data: dict[str, Any]) -> str:
         f"{SHORT[first['dtype']]}, {entry(first, OURS)['backend']} rows, KL {first['kl']}. Forward and backward; "
         "the last three columns are a rival's time over ours, the fastest library named.",
         "",
-        "| | ms (min–max) | of its GEMMs | peak MiB (eager) | gradient error (eager) | eager | torch.compile | library |",
+        "| | ms (min–max) | of its GEMMs | MiB (eager) | gradient error (eager) | eager | torch.compile | library |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for title, changes in HEADLINES.items():
