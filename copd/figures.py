@@ -52,8 +52,8 @@ class Panel:
     lines: list[Line]
     phases: list[tuple[str, int, int]] = field(default_factory=list)
     """(rl or opd, first step, end); Phase II is shaded"""
-    ylabel: str = ""
-    ylim: tuple[float, float] | None = None
+    percent: bool = False
+    """0 to 100, an accuracy"""
     log: bool = False
 
 
@@ -96,16 +96,19 @@ def lines(rows: list[list[Panel]], height: float) -> str:
                 for phase, first, end in panel.phases:
                     if phase == "opd":
                         axis.axvspan(first, end, color="#F3E9D2", linewidth=0, zorder=0)
+                axis.set_yscale("log" if panel.log else "linear")
                 for line in panel.lines:
                     steps, values = list(line.series), list(map(mean_error, line.series.values()))
                     mean, error = (np.array([v[i] or 0.0 for v in values]) for i in (0, 1))
                     axis.plot(steps, mean, line.style, color=line.colour, label=line.label, linewidth=line.width)
-                    axis.fill_between(steps, mean - error, mean + error, color=line.colour, alpha=0.15, linewidth=0)
-                axis.set(title=panel.title, ylabel=panel.ylabel, ylim=panel.ylim, xlabel="updates of a model")
+                    # an error as large as the mean has no lower end on a logarithmic axis: as far down as up
+                    low = mean**2 / (mean + error) if panel.log else mean - error
+                    axis.fill_between(steps, low, mean + error, color=line.colour, alpha=0.15, linewidth=0)
+                axis.set(title=panel.title, xlabel="updates of a model")
                 axis.set_xlim(left=0)
                 axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-                if panel.log:
-                    axis.set_yscale("log")
+                if panel.percent:
+                    axis.set(ylim=(0, 103), ylabel="accuracy (%)")
             legend = row[-1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
             for handle in legend.legend_handles:  # widths differ from panel to panel
                 handle.set_linewidth(1.8)

@@ -279,7 +279,7 @@ class Suite:
                     if line:
                         lines.append(Line(label, shade, line, width=2.4 if self.own.get(name) == domain else 1.3))
                 phases = self.phases if title == "CoPD" else []
-                panels.append(Panel(f"{title}: {domain}", lines, phases, "" if panels else "accuracy (%)", (0, 103)))
+                panels.append(Panel(f"{title}: {domain}", lines, phases, percent=True))
             if panels[0].lines:
                 rows.append(panels)
         return rows

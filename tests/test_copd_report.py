@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from copd import evaluate, report
+from copd import evaluate, figures, report
 
 DOMAINS = ["text", "image", "video"]
 STEPS = 12
@@ -247,3 +247,11 @@ def test_a_study_is_reported_into_another_folder_small_enough_to_commit(tmp_path
     images = [uri for run in kept["runs"] for sample in run["samples"] for uri in sample["images"]]
     assert len(images) == 2 * (1 + 4)  # every image once, of one seed
     assert kept["name"] == "runs"
+
+
+def test_a_logarithmic_axis_spans_the_values_whatever_their_error(monkeypatch):
+    monkeypatch.setattr(figures, "_svg", lambda figure: figure)
+    line = figures.Line("CoPD", "black", {3: [0.01, 0.9], 6: [0.02, 0.03]})
+    low, high = figures.lines([[figures.Panel("KL", [line], log=True)]], 2.0).axes[0].get_ylim()
+    assert 0.01 < low < 0.025
+    assert 0.9 < high < 2
