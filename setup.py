@@ -34,7 +34,10 @@ def ninja_file(cxx: str, nvcc: str | None, output: Path) -> str:
     flags = "-std=c++20 -O3 -fPIC -fopenmp -fvisibility=hidden -Wall -Wextra -Wno-psabi"
     link = ""
     if os.environ.get("COPD_SANITIZE") == "1":
-        flags, link = f"{flags} -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined", "-fsanitize=address,undefined"
+        flags, link = (
+            f"{flags} -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined",
+            "-fsanitize=address,undefined",
+        )
     includes = f"-I{pybind11.get_include()} -I{sysconfig.get_paths()['include']}"
     codes = " ".join(f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES)
     lines = [
@@ -72,11 +75,17 @@ def ninja_file(cxx: str, nvcc: str | None, output: Path) -> str:
 
 class Ninja(build_ext):
     def build_extension(self, extension: Extension) -> None:
-        wanted, cxx, nvcc = os.environ.get("COPD_CUDA", "auto"), os.environ.get("CXX") or shutil.which("c++"), find_nvcc()
+        wanted, cxx, nvcc = (
+            os.environ.get("COPD_CUDA", "auto"),
+            os.environ.get("CXX") or shutil.which("c++"),
+            find_nvcc(),
+        )
         if wanted not in ("0", "1", "auto"):
             raise RuntimeError(f"COPD_CUDA must be 0, 1 or auto; got {wanted!r}")
         if wanted == "1" and nvcc is None:
-            raise RuntimeError("COPD_CUDA=1 needs nvcc on PATH or in CUDA_HOME; install the CUDA toolkit, or set COPD_CUDA=0")
+            raise RuntimeError(
+                "COPD_CUDA=1 needs nvcc on PATH or in CUDA_HOME; install the CUDA toolkit, or set COPD_CUDA=0"
+            )
         if cxx is None:
             print("copd_kernels: no C++ compiler found, so `backend='native'` is left out", file=sys.stderr)
             return

@@ -72,7 +72,7 @@ def agreement(
         teachers: one head or T heads over the same vocabulary, hidden (..., D_j).
         k: in 1..V.
         temperature: positive; divides all logits.
-        backend: "torch", "triton" or "reference"; the fastest available where omitted (see also COPD_BACKEND).
+        backend: "torch", "triton", "native" or "reference"; where omitted COPD_BACKEND, else the fastest available.
         workspace_bytes: most memory for a chunk's logits; a default for the device where omitted.
 
     Returns:

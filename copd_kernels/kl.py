@@ -214,7 +214,7 @@ def kl(
             teacher j's hidden is then (count of j, D_j), its own tokens in order. Stops the host once on CUDA.
         token_weight: (...), floating or bool, >= 0: a mask or per-token weights u; 1 where omitted.
         reduction: "mean" sum_n u_n d_n / sum_n u_n (0 if that is 0), "sum" sum_n u_n d_n, "none" u_n d_n.
-        backend: "torch", "triton" or "reference"; the fastest available where omitted (see also COPD_BACKEND).
+        backend: "torch", "triton", "native" or "reference"; where omitted COPD_BACKEND, else the fastest available.
         workspace_bytes: most memory for a chunk's logits; a default for the device where omitted.
 
     Returns:

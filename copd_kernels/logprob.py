@@ -137,7 +137,7 @@ def logprob(
         tokens: (...), int64, each in 0..V-1 or `ignore_index`; checked on the CPU, on CUDA under COPD_DEBUG=1 only.
         temperature: positive; divides the logits.
         ignore_index: the token id that marks a position as ignored.
-        backend: "torch", "triton" or "reference"; the fastest available where omitted (see also COPD_BACKEND).
+        backend: "torch", "triton", "native" or "reference"; where omitted COPD_BACKEND, else the fastest available.
         workspace_bytes: most memory for a chunk's logits; a default for the device where omitted.
 
     Returns:

@@ -116,14 +116,14 @@ struct Ring {
 
 // The smallest cluster whose blocks hold a row of all heads with a fifth to spare for the next row, else the smallest
 // that holds it at all; no blocks if none does.
-inline Ring cut(int64_t V, int heads, size_t shared_bytes) {
+inline Ring cut(int64_t V, int heads, size_t shared_bytes, int segment = SEGMENT) {
     Ring best{0, 0, 0, 0, heads};
-    size_t slot_bytes = heads * SEGMENT * sizeof(float) + sizeof(uint64_t);
+    size_t slot_bytes = heads * segment * sizeof(float) + sizeof(uint64_t);
     int slots = shared_bytes / slot_bytes;
     for (int blocks : {1, 2, 4, 8, 16}) {
         int64_t slice = (V + blocks - 1) / blocks;
         slice = (slice + 3) / 4 * 4;  // bulk copies take multiples of 16 bytes
-        int64_t segments = (slice + SEGMENT - 1) / SEGMENT;
+        int64_t segments = (slice + segment - 1) / segment;
         if (segments > slots) continue;
         if (!best.blocks) best = {blocks, (int)slice, (int)segments, slots, heads};
         if (slots * 5 >= segments * 6) return {blocks, (int)slice, (int)segments, slots, heads};

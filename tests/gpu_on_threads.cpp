@@ -84,7 +84,7 @@ void logprob_as(const void* z, long R, long V, const int64_t* tokens, void* cons
 
 // `clusters` of 0 takes the path from memory; types are those of csrc/table.h.
 extern "C" {
-int cluster_blocks(long V, int heads, long shared) { return cut(V, heads, shared).blocks; }
+int cluster_blocks(long V, int heads, long shared, int segment) { return cut(V, heads, shared, segment).blocks; }
 
 void kl_float(const void* z, int heads, long R, long V, int student, const int* teachers, int T, int divergence,
               double beta, const void* weight, double cap, void* dlogits, int type, void* value, int clusters,

@@ -32,7 +32,7 @@ def gpu(tmp_path_factory):
     if compiler is None:
         pytest.skip("needs g++")
     library = tmp_path_factory.mktemp("gpu") / "gpu.so"
-    flags = "-std=c++20 -O1 -fPIC -shared -Wno-psabi -Wno-unknown-pragmas -pthread".split()
+    flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-Wno-psabi", "-Wno-unknown-pragmas", "-pthread"]
     source = HERE / "gpu_on_threads.cpp"
     subprocess.run([compiler, *flags, f"-I{HERE.parent / 'csrc'}", str(source), "-o", str(library)], check=True)
     return ctypes.CDLL(str(library))
@@ -128,9 +128,13 @@ def test_logprob_rows_match_the_torch_rows(gpu, reader):
     assert relative(g, wanted) < 1e-5
 
 
-def test_real_vocabularies_fit_a_cluster(gpu):
-    """What `cut` makes of an H200's shared memory is checked with 64 threads a block, so in quarters of its segments."""
-    room = 227 * 1024 - 4096
-    for V, heads in ((151_936, 2), (151_936, 3), (151_936, 5), (128_256, 2), (128_256, 5), (262_144, 2)):
-        assert 0 < gpu.cluster_blocks(ctypes.c_long(V), heads, ctypes.c_long(room)) <= 16
-    assert gpu.cluster_blocks(ctypes.c_long(262_144), 9, ctypes.c_long(room)) == 0
+def test_rows_of_real_vocabularies_fit_a_cluster(gpu):
+    """In an H200's 227 KiB of shared memory a block, less 6 KiB of the kernel's own, by segments of 512 threads."""
+
+    def blocks(V, heads):
+        return gpu.cluster_blocks(ctypes.c_long(V), heads, ctypes.c_long(221 << 10), 4 * 512)
+
+    assert [blocks(V, 2) for V in (128_256, 151_936, 262_144)] == [8, 8, 16]
+    assert [blocks(V, 3) for V in (128_256, 151_936)] == [16, 16]
+    assert [blocks(V, 5) for V in (128_256, 151_936)] == [16, 16]
+    assert blocks(262_144, 5) == 0

@@ -1,7 +1,8 @@
 """What happens to a chunk of logits between the GEMMs: the only backend-specific code.
 
-A backend is a module with four functions. z is (H, R, V) fp32 or fp64: the chunk's finished logits of every head
-(temperature, bias and softcap applied), contiguous. Per-token results are (R,) or (T, R) in z's dtype.
+A backend is a module with four functions: `torch` runs anywhere, `triton` on GPUs, `native` is compiled from csrc/ for
+CPUs and GPUs. z is (H, R, V) fp32 or fp64: the chunk's finished logits of every head (temperature, bias and softcap
+applied), contiguous. Per-token results are (R,) or (T, R) in z's dtype.
 
     logprob(z, tokens) -> logp, entropy, lse
     logprob_grad(z, tokens, dlogp, dentropy, dlse, cap, dlogits) -> None
@@ -22,6 +23,7 @@ from pathlib import Path
 from types import ModuleType
 
 from torch import device as Device
+from torch.compiler import assume_constant_result
 from torch.cuda import get_device_capability
 
 from copd_kernels.checks import check_option
@@ -43,6 +45,8 @@ def resolve(op: str, backend: str | None, device: Device) -> str:
     return next(name for name in DEFAULTS.get(device.type, ("torch",)) if missing(name, device) is None)
 
 
+# a machine does not change while torch.compile traces
+@assume_constant_result
 def missing(name: str, device: Device) -> str | None:
     """Why a backend cannot run on this device, with what would change that; None if it can."""
     if name == "triton":

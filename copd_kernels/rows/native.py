@@ -1,4 +1,4 @@
-"""Rows compiled from `csrc/`: C++ on a CPU, CUDA on a GPU. This file takes tensors apart; the mathematics is in rows.h."""
+"""Rows compiled from `csrc/`, C++ on a CPU and CUDA on a GPU: takes tensors apart; the mathematics is in rows.h."""
 
 from __future__ import annotations
 

@@ -91,6 +91,12 @@ def entropy(side: Side) -> Tensor:
     return side.norm - side.mean
 
 
+def logprob_at_top(side: Side, tokens: Tensor, dlogp: Tensor, dentropy: Tensor, dlse: Tensor) -> Tensor:
+    """The gradient of `logprob` at the top token, from the tail, where its terms cancel."""
+    own = torch.where(tokens == side.top, side.tail * side.p_top, -side.p_top)
+    return dlogp * own + (dentropy * side.mean + dlse) * side.p_top
+
+
 def top_difference(student: Side, teacher: Side) -> Tensor:
     """p - q at the student's top token, from the tails where both have the same one."""
     q_top = torch.exp(student.cross - teacher.max - teacher.norm)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from copd_kernels.rows.stats import FAR, Side, entropy, kl_from, kl_gradient, log_mix
+from copd_kernels.rows.stats import FAR, Side, entropy, kl_from, kl_gradient, log_mix, logprob_at_top
 
 # one block of rows of one array: what a CPU's cache holds several of; on a GPU, enough to fill it
 BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 25}
@@ -56,8 +56,7 @@ def logprob_grad(
         # log p_v + entropy = (z_v - max) - mean
         g = x.sub_(column(side.mean)).mul_(column(-dh)).add_(column(dn - dl))
         g.mul_(e).mul_(column(side.p_top))
-        own = torch.where(token == side.top, side.tail * side.p_top, -side.p_top)
-        at_top = dl * own + (dh * side.mean + dn) * side.p_top
+        at_top = logprob_at_top(side, token, dl, dh, dn)
         g.scatter_add_(1, column(token), column(dl))
         g.scatter_(1, column(side.top), column(at_top))
         finish(g, logits[rows], cap, dlogits[rows])

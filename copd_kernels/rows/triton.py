@@ -19,7 +19,7 @@ from copd_kernels.rows.kernels import (
     _logprob_stats_kernel,
     _overlap_kernel,
 )
-from copd_kernels.rows.stats import Side, entropy, kl_from, kl_gradient, log_mix, merge
+from copd_kernels.rows.stats import Side, entropy, kl_from, kl_gradient, log_mix, logprob_at_top, merge
 
 # one tile of logits: 16 fp32 a thread and tensor, four 16-byte loads
 TILE = 4096
@@ -59,8 +59,7 @@ def logprob_grad(
 ) -> None:
     _, R, V = z.shape
     side = logprob_side(z)
-    own = torch.where(tokens == side.top, side.tail * side.p_top, -side.p_top)
-    at_top = dlogp * own + (dentropy * side.mean + dlse) * side.p_top
+    at_top = logprob_at_top(side, tokens, dlogp, dentropy, dlse)
     BLOCK, S, tiles = pieces(R, V, 1)
     _logprob_grad_kernel[(R, S)](
         z,
