@@ -31,14 +31,12 @@ def warm_start(model: PreTrainedModel, processor: Any, tasks: list[Task], cfg: C
     """The warm-started base, from the cache where it has been made before."""
     if cfg.warmstart.clean_steps == 0:
         return model
-    key = digest(
-        cfg.model, cfg.warmstart, {name: [b.task, dict(b.options)] for name, b in cfg.branches.items()}, cfg.seed
-    )
-    cached = Path(cfg.warmstart.cache_dir) / key
+    branches = {name: [branch.task, dict(branch.options)] for name, branch in cfg.branches.items()}
+    cached = Path(cfg.warmstart.cache_dir) / digest(cfg.model, cfg.warmstart, branches, cfg.seed)
     if not cached.exists():
         history = _train(model, processor, tasks, cfg)
         # several runs of a study may get here at once: whoever renames first wins
-        scratch = cached.with_name(f"{key}-{os.getpid()}")
+        scratch = cached.with_name(f"{cached.name}-{os.getpid()}")
         model.save_pretrained(scratch)
         processor.save_pretrained(scratch)
         (scratch / "accuracy.json").write_text(json.dumps(history))
@@ -46,8 +44,7 @@ def warm_start(model: PreTrainedModel, processor: Any, tasks: list[Task], cfg: C
             scratch.rename(cached)
         except OSError:
             shutil.rmtree(scratch)
-    device = model.get_input_embeddings().weight.device
-    return load_saved(cached)[0].to(device)
+    return load_saved(cached)[0].to(model.device)
 
 
 def _train(model: PreTrainedModel, processor: Any, tasks: list[Task], cfg: Config) -> list[dict[str, float]]:
@@ -55,40 +52,34 @@ def _train(model: PreTrainedModel, processor: Any, tasks: list[Task], cfg: Confi
     warm, special = cfg.warmstart, special_tokens(model, processor)
     optimizer = torch.optim.AdamW(model.parameters(), lr=warm.lr, weight_decay=0.01)
     whole = {task.name: warm.domain_batch.get(task.name, warm.batch) for task in tasks}
-    batch = dict(whole)
-    history: list[dict[str, float]] = []
-    bar = tqdm(range(warm.clean_steps + warm.slip_steps), desc="warm start", disable=None)
-    stage_end = warm.clean_steps
-    for step in bar:
-        clean = step < stage_end
-        if clean:
-            lr = warm.lr * min(1.0, (step + 1) / WARMUP_STEPS)
-        else:
-            done = (step - stage_end) / max(1, warm.slip_steps)
-            if done >= 1:
-                break
-            lr = SLIP_LR[0] + (SLIP_LR[1] - SLIP_LR[0]) * done
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+    batch, history, reached = dict(whole), [], {}
+
+    def update(step: int, lr: float, sizes: dict[str, int], careful: bool) -> None:
+        optimizer.param_groups[0]["lr"] = lr
         for task in tasks:
-            size = batch[task.name] if clean else whole[task.name]
-            loss = _imitation_loss(model, task, size, step, clean, special[1], cfg.seed) / len(tasks)
-            loss.backward()
+            loss = _imitation_loss(model, task, sizes[task.name], step, careful, special[1], cfg.seed)
+            (loss / len(tasks)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if clean and (step + 1) % warm.check_every == 0:
-            reached = {}
-            for task in tasks:
-                prompts = [task.prompt(i, "test") for i in range(100)]
-                rollout = generate(model, prompts, 1, cfg.rollout, special, 0, greedy=True)
-                reached[task.name] = rewards(task, rollout).mean().item()
-                share = 3 if reached[task.name] >= warm.target_accuracy else 1
-                batch[task.name] = max(1, whole[task.name] // share)
-            history.append({"step": step + 1} | reached)
-            bar.set_postfix({name: f"{value:.2f}" for name, value in reached.items()})
-            if min(reached.values()) >= warm.target_accuracy:
-                stage_end = step + 1
+        bar.update()
+
+    with tqdm(total=warm.clean_steps + warm.slip_steps, desc="warm start", disable=None) as bar:
+        for step in range(1, warm.clean_steps + 1):
+            update(step - 1, warm.lr * min(1.0, step / WARMUP_STEPS), batch, True)
+            if step % warm.check_every == 0:
+                for task in tasks:
+                    prompts = [task.prompt(i, "test") for i in range(100)]
+                    rollout = generate(model, prompts, 1, cfg.rollout, special, 0, greedy=True)
+                    reached[task.name] = rewards(task, rollout).mean().item()
+                    share = 3 if reached[task.name] >= warm.target_accuracy else 1
+                    batch[task.name] = max(1, whole[task.name] // share)
+                history.append({"step": step} | reached)
+                bar.set_postfix({name: f"{value:.2f}" for name, value in reached.items()})
+                if min(reached.values()) >= warm.target_accuracy:
+                    break
+        for after in range(warm.slip_steps):
+            update(step + after, SLIP_LR[0] + (SLIP_LR[1] - SLIP_LR[0]) * (after / warm.slip_steps), whole, False)
     return history
 
 
@@ -99,14 +90,13 @@ def _imitation_loss(
     rng = np.random.default_rng(seed_of(seed, "warmstart", task.name, step))
     indices = rng.integers(task.size("train"), size=size).tolist()
     answers = [task.solution(index, rng, careful) for index in indices]
-    if any(answer is None for answer in answers):
-        raise ValueError(
-            f"warm start: task {task.name!r} must offer worked solutions; got None; set warmstart.clean_steps=0"
-        )
-    device = model.get_input_embeddings().weight.device
+    if None in answers:
+        rule = f"warm start: task {task.name!r} must offer worked solutions"
+        raise ValueError(f"{rule}; got None; set warmstart.clean_steps=0")
     width = max(map(len, answers))
-    tokens = torch.tensor([answer + [pad] * (width - len(answer)) for answer in answers], device=device)
-    mask = torch.tensor([[1] * len(answer) + [0] * (width - len(answer)) for answer in answers], device=device).bool()
-    prompts = collate(model, [task.prompt(index) for index in indices], pad, device)
+    tokens = torch.tensor([answer + [pad] * (width - len(answer)) for answer in answers], device=model.device)
+    lengths = torch.tensor([len(answer) for answer in answers], device=model.device)
+    mask = torch.arange(width, device=model.device) < lengths[:, None]
+    prompts = collate(model, [task.prompt(index) for index in indices], pad, model.device)
     hidden = hidden_states(model, extend(prompts, tokens, mask))[:, -width - 1 : -1][mask]  # (N, D)
     return -logprob(Head.of(model, hidden), tokens[mask]).logp.mean()

@@ -108,7 +108,6 @@ def test_wrong_options_are_errors(options, message):
 
 
 def test_patches_are_those_of_transformers_image_processor():
-    from transformers import AutoImageProcessor  # noqa: F401
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     image = np.random.default_rng(0).integers(0, 256, (24, 16, 3), dtype=np.uint8)
