@@ -15,22 +15,13 @@ from copd.branch import Branch
 from copd.config import Config, digest, dump
 
 # settings that may change between a run and its continuation
-FREE = (
-    "name",
-    "output_dir",
-    "variant",
-    "device",
-    "threads",
-    "resume",
-    "report_to",
-    "checkpoint_every",
-    "keep_checkpoints",
-)
+PLACE = {"name", "output_dir", "variant", "device", "threads"}
+HOUSEKEEPING = {"resume", "report_to", "checkpoint_every", "keep_checkpoints"}
 
 
 def identity(cfg: Config) -> str:
     """Names what a checkpoint must agree on with the run that continues it."""
-    return digest({key: value for key, value in asdict(cfg).items() if key not in FREE})
+    return digest({key: value for key, value in asdict(cfg).items() if key not in PLACE | HOUSEKEEPING})
 
 
 def save(directory: Path, step: int, branches: list[Branch], cfg: Config) -> Path:

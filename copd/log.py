@@ -26,25 +26,18 @@ def memory_mib(device: torch.device) -> float:
 class Log:
     def __init__(self, directory: Path, cfg: Config, total: int, done: int) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        self.path = directory / "metrics.jsonl"
-        self.start = time.perf_counter()
-        self.records = self._kept(done)
-        self.path.write_text("".join(json.dumps(record) + "\n" for record in self.records))
-        self.file = self.path.open("a")
-        self.offset = self.records[-1]["time"] if self.records else 0.0
+        path = directory / "metrics.jsonl"
+        # of an interrupted run: up to the checkpoint it resumes from
+        lines = path.read_text().splitlines() if done and path.exists() else []
+        self.records = [record for line in lines if (record := json.loads(line))["step"] <= done]
+        path.write_text("".join(json.dumps(record) + "\n" for record in self.records))
+        self.file = path.open("a")
+        self.start = time.perf_counter() - (self.records[-1]["time"] if self.records else 0.0)
         self.bar = tqdm(total=total, initial=done, desc=cfg.name, disable=None, dynamic_ncols=True)
         self.trackers = [tracker(name, directory, cfg) for name in cfg.report_to]
 
-    def _kept(self, done: int) -> list[dict[str, Any]]:
-        """Records of an interrupted run up to the checkpoint it resumes from."""
-        if done == 0 or not self.path.exists():
-            return []
-        lines = self.path.read_text().splitlines()
-        return [record for line in lines if line and (record := json.loads(line))["step"] <= done]
-
     def write(self, kind: str, step: int, record: dict[str, Any]) -> None:
-        elapsed = round(self.offset + time.perf_counter() - self.start, 3)
-        record = {"kind": kind, "step": step, "time": elapsed} | record
+        record = {"kind": kind, "step": step, "time": round(time.perf_counter() - self.start, 3)} | record
         self.records.append(record)
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()

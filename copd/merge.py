@@ -24,16 +24,14 @@ def merge(base: State, branches: dict[str, State], cfg: MergeConfig) -> State:
     tokenizer or vocabulary does.
     """
     for name, state in branches.items():
-        if state.keys() != base.keys():
-            odd = sorted(state.keys() ^ base.keys())[0]
-            raise ValueError(f"merge: branch {name!r} must have the base's parameters; got a difference in {odd!r}")
+        if odd := sorted(state.keys() ^ base.keys()):
+            raise ValueError(f"merge: branch {name!r} must have the base's parameters; got a difference in {odd[0]!r}")
         for key, value in state.items():
             if value.shape != base[key].shape:
-                raise ValueError(
-                    f"merge: {key} of {name!r} must have shape {tuple(base[key].shape)}; got {tuple(value.shape)}"
-                )
-    weights = torch.tensor([cfg.weights.get(name, 1.0) if cfg.method != "mean" else 1.0 for name in branches])
-    if cfg.method in ("mean", "weighted"):
+                shapes = [tuple(tensor.shape) for tensor in (base[key], value)]
+                raise ValueError(f"merge: {key} of {name!r} must have shape {shapes[0]}; got {shapes[1]}")
+    weights = torch.tensor([cfg.weights.get(name, 1.0) for name in branches])
+    if cfg.method == "weighted":
         if not weights.sum() > 0:
             raise ValueError(f"merge: weights must have a positive sum; got {weights.tolist()}")
         weights = weights / weights.sum()
@@ -49,14 +47,16 @@ def _merge(base: Tensor, branches: list[Tensor], weights: Tensor, cfg: MergeConf
     start = base.float()
     stack = torch.stack([branch.to(base.device).float() for branch in branches])  # (K, ...)
     weights = weights.to(base.device).view(-1, *[1] * base.dim())
-    if cfg.method == "mean":
-        return stack.mean(0).to(base.dtype)
-    if cfg.method == "weighted":
-        return (weights * stack).sum(0).to(base.dtype)
     vectors = weights * (stack - start)
-    if cfg.method == "task_arithmetic":
-        return (start + cfg.scale * vectors.sum(0)).to(base.dtype)
-    return (start + cfg.scale * _ties(vectors, cfg.density)).to(base.dtype)
+    if cfg.method == "mean":
+        merged = stack.mean(0)
+    elif cfg.method == "weighted":
+        merged = (weights * stack).sum(0)
+    elif cfg.method == "task_arithmetic":
+        merged = start + cfg.scale * vectors.sum(0)
+    else:
+        merged = start + cfg.scale * _ties(vectors, cfg.density)
+    return merged.to(base.dtype)
 
 
 def _ties(vectors: Tensor, density: float) -> Tensor:

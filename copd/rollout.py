@@ -83,23 +83,23 @@ def generate(
     greedy: bool = False,
 ) -> Rollout:
     """`samples` completions of each prompt, at `cfg.temperature` or greedily."""
-    device = model.get_input_embeddings().weight.device
+    eos, padding, _ = special
+    device = model.device
     chunk = cfg.chunk_prompts or len(prompts)
     generator = torch.Generator(device).manual_seed(seed)
     model.eval()  # activation checkpointing, on in training mode, would drop the KV cache
-    whole = collate(model, prompts, special[1], device)
+    whole = collate(model, prompts, padding, device)
     parts = [
         _generate(model, whole.take(slice(i, min(i + chunk, len(prompts)))), samples, cfg, special, generator, greedy)
         for i in range(0, len(prompts), chunk)
     ]
     width = max(tokens.shape[1] for tokens, _ in parts)
-    tokens = torch.cat([pad(tokens, (0, width - tokens.shape[1]), value=special[1]) for tokens, _ in parts])
+    # -1: a place that no chunk reached, or that follows EOS
+    tokens = torch.cat([pad(tokens, (0, width - tokens.shape[1]), value=-1) for tokens, _ in parts])
     logp = torch.cat([pad(logp, (0, width - logp.shape[1])) for _, logp in parts])
-    ended = torch.isin(tokens, torch.tensor(special[0], device=device))
-    mask = ended.cumsum(1) - ended.long() == 0  # up to and including the first EOS
-    lengths = torch.tensor([t.shape[1] for t, _ in parts for _ in range(t.shape[0])], device=device)
-    mask &= torch.arange(width, device=device) < lengths[:, None]
-    truncated = ~(ended & mask).any(1)
+    mask = tokens >= 0
+    tokens = tokens.where(mask, padding)
+    truncated = ~(torch.isin(tokens, torch.tensor(eos, device=device)) & mask).any(1)
     return Rollout(extend(whole, tokens, mask), tokens, mask, logp * mask, truncated)
 
 
@@ -112,6 +112,7 @@ def _generate(
     generator: torch.Generator,
     greedy: bool,
 ) -> tuple[Tensor, Tensor]:
+    """Tokens (P * G, C), -1 after EOS, and their log-probs."""
     eos, padding, media = special
     cache = DynamicCache(config=model.config)
     last = hidden_states(model, prompts, cache)[:, -1].repeat_interleave(samples, 0)  # (B, D)
@@ -127,11 +128,13 @@ def _generate(
         logp = logits.log_softmax(-1)
         token = logp.argmax(-1) if greedy else torch.multinomial(logp.exp(), 1, generator=generator)[:, 0]
         logps.append(logp.gather(1, token[:, None])[:, 0])
-        tokens.append(torch.where(done, padding, token))
+        tokens.append(token.where(~done, -1))
         done = done | torch.isin(token, ends)
         if len(tokens) == cfg.max_new_tokens or done.all():
             return torch.stack(tokens, 1), torch.stack(logps, 1)
         position = position + 1
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        step = Sequences([], samples, tokens[-1][:, None], mask, position[:, None].expand(3, -1, -1))
+        step = Sequences(
+            [], samples, token.where(tokens[-1] >= 0, padding)[:, None], mask, position[:, None].expand(3, -1, -1)
+        )
         last = hidden_states(model, step, cache)[:, -1]
