@@ -9,6 +9,7 @@ import torch
 
 from bench import measure, rivals
 from bench.cases import Case, draw, exact
+from bench.results import OURS
 
 LEVELS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
@@ -16,7 +17,7 @@ LEVELS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 @pytest.mark.parametrize("divergence", ["reverse", "jsd"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def bench_gradient_error(record, scale, device, dtype, divergence):
-    contenders = {measure.OURS: rivals.ours()} | rivals.DISTILL
+    contenders = {OURS: rivals.ours()} | rivals.DISTILL
     errors = {name: [] for name in contenders}
     values = []
     for level in LEVELS:
@@ -31,7 +32,7 @@ def bench_gradient_error(record, scale, device, dtype, divergence):
             measure.check(entry, run, inputs, want)
             errors[name].append(entry.gradient_error)
         gate = measure.GATE[dtype][1] * max(1.0, (1e-2 / level) ** 0.5 if dtype == torch.float32 else 1.0)
-        assert errors[measure.OURS][-1] <= gate, f"{errors[measure.OURS]} at KL {LEVELS[: len(values)]}"
+        assert errors[OURS][-1] <= gate, f"{errors[OURS]} at KL {LEVELS[: len(values)]}"
     entries = [{"name": name, "gradient_error": found} for name, found in errors.items()]
     names = {"op": "accuracy", "dtype": str(dtype).removeprefix("torch."), "divergence": divergence}
     record(names | {"value": values, "entries": entries})

@@ -1,22 +1,21 @@
 """kl: each divergence, several teachers, a frozen head, a soft-capped one, forward alone, and routed teachers."""
 
 import pytest
-import torch
 
 from bench.rivals import COMPILED, DISTILL, FEW
 from copd_kernels.rows import BACKENDS
 
 
 def bench_reverse(contest):
-    contest("kl", DISTILL | COMPILED, BACKENDS)
+    contest("kl", DISTILL | COMPILED, backends=BACKENDS)
 
 
 def bench_jsd(contest):
     contest("kl", DISTILL | COMPILED, divergence="jsd")
 
 
-def bench_bfloat16(contest):
-    contest("kl", DISTILL | COMPILED, dtype=torch.bfloat16)
+def bench_other_dtype(contest, scale):
+    contest("kl", DISTILL | COMPILED, dtype=scale.other_dtype)
 
 
 @pytest.mark.parametrize("divergence", ["forward", "symmetric"])

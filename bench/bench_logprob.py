@@ -1,17 +1,15 @@
 """logprob: forward and backward, forward alone, a frozen head, a soft-capped one."""
 
-import torch
-
 from bench.rivals import COMPILED, FEW, LOGPROB
 from copd_kernels.rows import BACKENDS
 
 
 def bench_logprob(contest):
-    contest("logprob", LOGPROB | COMPILED, BACKENDS)
+    contest("logprob", LOGPROB | COMPILED, backends=BACKENDS)
 
 
-def bench_bfloat16(contest):
-    contest("logprob", LOGPROB, dtype=torch.bfloat16)
+def bench_other_dtype(contest, scale):
+    contest("logprob", LOGPROB, dtype=scale.other_dtype)
 
 
 def bench_forward_alone(contest):

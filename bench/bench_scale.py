@@ -19,5 +19,5 @@ def bench_over_N(contest, scale, sweep_N):
 
 
 def bench_alone(contest, scale):
-    row = contest("kl", {}, model="qwen3-vl-4b", shrink=scale.sweep_shrink, N=scale.alone)
+    row = contest("kl", {}, rounds=1, model="qwen3-vl-4b", shrink=scale.sweep_shrink, N=scale.alone)
     assert_one_workspace(row)

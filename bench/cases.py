@@ -35,15 +35,16 @@ class Scale:
     N: int
     rounds: int
     dtype: torch.dtype
+    other_dtype: torch.dtype
     sweep_shrink: tuple[int, int]  # of the head in the sweep over N
     sweep: tuple[int, ...]
     alone: int  # the N only this library is asked for
 
 
 SCALES = {
-    "cuda": Scale((1, 1), 8192, 7, torch.bfloat16, (1, 1), (1024, 4096, 16_384, 65_536), 1 << 20),
-    "cpu": Scale((8, 16), 512, 3, torch.float32, (32, 32), (1024, 4096, 16_384), 1 << 16),
-    "quick": Scale((64, 64), 32, 1, torch.float32, (64, 64), (32, 64), 128),
+    "cuda": Scale((1, 1), 8192, 7, torch.bfloat16, torch.float16, (1, 1), (1024, 4096, 16_384, 65_536), 1 << 20),
+    "cpu": Scale((8, 16), 512, 3, torch.float32, torch.bfloat16, (32, 32), (1024, 4096, 16_384), 1 << 16),
+    "quick": Scale((64, 64), 32, 1, torch.float32, torch.bfloat16, (64, 64), (32, 64), 128),
 }
 
 

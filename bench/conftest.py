@@ -78,9 +78,9 @@ def record(request):
 def contest(benchmark, scale, record):
     """contest(op, rivals, **fields of Case): one row, at this machine's scale."""
 
-    def run(op: str, rivals: dict[str, Contender], backends: tuple[str, ...] = (), **fields) -> dict:
+    def run(op: str, rivals: dict[str, Contender], *, backends=(), rounds: int = scale.rounds, **fields) -> dict:
         shape = {"model": "qwen3-8b", "N": scale.N, "dtype": scale.dtype, "device": DEVICE, "shrink": scale.shrink}
-        row = measure.contest(benchmark, Case(op, **shape | fields), rivals, scale.rounds, backends)
+        row = measure.contest(benchmark, Case(op, **shape | fields), rivals, rounds, backends)
         record(row)
         return row
 

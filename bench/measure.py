@@ -19,12 +19,11 @@ from torch import Tensor
 
 from bench import work
 from bench.cases import Case, Exact, Inputs, draw, exact
+from bench.results import OURS, ROOF
 from bench.rivals import Contender, Unsupported, ours
 from copd_kernels.rows import resolve
 
 MIB = 1 << 20
-ROOF = "bare GEMMs"
-OURS = "copd_kernels"
 # relative error this library may have in what is timed, and beyond which a rival is wrong: half a gradient, a tenth of
 # a loss
 GATE = {torch.float32: (1e-5, 5e-5), torch.float16: (1e-4, 3e-3), torch.bfloat16: (1e-4, 5e-3)}
@@ -148,6 +147,8 @@ def check(entry: Entry, run: Contender, inputs: Inputs, want: Exact) -> None:
         entry.why = f"cannot be imported: {first_line(error)}"
     except Exception as error:  # a rival's failure is a result; ours is asserted on
         entry.why = f"fails: {type(error).__name__}: {first_line(error)}"
+        if inputs.case.device == "cuda":
+            torch.cuda.empty_cache()
     else:
         entry.loss_error = float(((value.double() - want.value).abs() / want.value.abs()).max())
         if gradients:

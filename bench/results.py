@@ -1,4 +1,4 @@
-"""Where rows go: one JSON a device, with what is needed to repeat the run; written after every row."""
+"""Where rows go and how they are read: one JSON a device, with what is needed to repeat the run."""
 
 from __future__ import annotations
 
@@ -7,14 +7,21 @@ import importlib.metadata
 import json
 import platform
 import re
+import statistics
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import torch
 
+Row = dict[str, Any]
+Data = dict[str, Any]
+FOLDER = Path(__file__).parent / "results"
+OURS, ROOF = "copd_kernels", "bare GEMMs"
+SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "orda-kernel", "cut-cross-entropy", "flash-attn")
-RESULTS = ("entries", "date", "passes", "flops", "bytes", "outputs_mib", "value")
+# of a row's keys, those that do not say which case it is
+MEASURED = ("entries", "date", "passes", "flops", "bytes", "outputs_mib", "value")
 
 
 def machine() -> dict[str, Any]:
@@ -42,7 +49,7 @@ def version(package: str) -> str | None:
 
 
 class Results:
-    """Rows of one machine. Benches run one by one add to the same file; another machine or version starts afresh."""
+    """One machine's rows, written as they come. Benches run one by one share a file; another version starts afresh."""
 
     def __init__(self, folder: Path) -> None:
         slug = re.sub(r"[^a-z0-9]+", "-", device_name().lower()).strip("-")
@@ -55,13 +62,18 @@ class Results:
 
     def add(self, row: dict[str, Any]) -> None:
         row = rounded(row | {"date": datetime.datetime.now(datetime.UTC).date().isoformat()})
-        self.data["rows"] = [old for old in self.data["rows"] if key(old) != key(row)] + [row]
+        rows = self.data["rows"]
+        known = [key(old) for old in rows]
+        if key(row) in known:
+            rows[known.index(key(row))] = row
+        else:
+            rows.append(row)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(self.data, indent=1) + "\n")
 
 
 def key(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if name not in RESULTS}
+    return {name: value for name, value in row.items() if name not in MEASURED}
 
 
 def rounded(x: Any) -> Any:
@@ -71,3 +83,33 @@ def rounded(x: Any) -> Any:
     if isinstance(x, dict):
         return {name: rounded(value) for name, value in x.items()}
     return [rounded(value) for value in x] if isinstance(x, list) else x
+
+
+def load(folder: Path = FOLDER) -> list[Data]:
+    return [json.loads(path.read_text()) | {"name": path.stem} for path in sorted(folder.glob("*.json"))]
+
+
+def timed(data: Data) -> list[Row]:
+    return [row for row in data["rows"] if row["op"] not in ("accuracy", "step")]
+
+
+def sweep(data: Data) -> list[Row]:
+    """The rows over N, ascending."""
+    rows = [row for row in timed(data) if row["op"] == "kl" and row["model"] == "qwen3-vl-4b"]
+    longest = max(rows, key=lambda row: row["N"], default=None)
+    return sorted((row for row in rows if row["shrink"] == longest["shrink"]), key=lambda row: row["N"])
+
+
+def entry(row: Row, name: str) -> Row | None:
+    """A contender's entry, if it was timed and right."""
+    found = next((e for e in row["entries"] if e["name"] == name), None)
+    return found if found and found["ms"] and not found.get("why") else None
+
+
+def ms(found: Row | None) -> float:
+    return statistics.median(found["ms"]) if found else float("nan")
+
+
+def share(row: Row, found: Row) -> float:
+    """Of the roof: the time of the op's bare GEMMs over a contender's."""
+    return ms(entry(row, ROOF)) / ms(found)
