@@ -13,6 +13,8 @@ if not torch.cuda.is_available():
 
 import pytest
 
+from copd_kernels.rows import BACKENDS, missing
+
 
 @pytest.fixture(autouse=True)
 def poison():
@@ -26,3 +28,10 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+            continue
+        # without a compiler there are no native rows; beside a GPU, Triton has no interpreter for CPU tensors
+        chosen = item.callspec.params if hasattr(item, "callspec") else {}
+        if chosen.get("backend") in BACKENDS:
+            reason = missing(chosen["backend"], torch.device(chosen.get("device", "cpu")))
+            if reason:
+                item.add_marker(pytest.mark.skip(reason=reason))
