@@ -96,6 +96,7 @@ class Branch:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         # fp32 weights of the optimiser; the model computes with their rounding when it is bf16
         self.master = [p if cfg.model.dtype == "float32" else p.detach().clone() for p in self.parameters]
+        self.rounded = [(p, m) for p, m in zip(self.parameters, self.master, strict=True) if p is not m]
         model.to(getattr(torch, cfg.model.dtype))
         self.optimizer = torch.optim.AdamW(
             self.master,
@@ -246,17 +247,16 @@ class Branch:
 
     def _collect(self) -> None:
         """Adds bf16 gradients to the fp32 ones of the master weights."""
-        for parameter, master in zip(self.parameters, self.master, strict=True):
-            if parameter is not master and parameter.grad is not None:
+        for parameter, master in self.rounded:
+            if parameter.grad is not None:
                 gradient = parameter.grad.float()
                 master.grad = gradient if master.grad is None else master.grad + gradient
                 parameter.grad = None
 
     def _publish(self) -> None:
         """Rounds the master weights into the model."""
-        for parameter, master in zip(self.parameters, self.master, strict=True):
-            if parameter is not master:
-                parameter.data.copy_(master)
+        for parameter, master in self.rounded:
+            parameter.data.copy_(master)
 
     def _agreement(self, batch: Batch) -> dict[str, float]:
         """Top-k overlap with, and δ of, a cross batch's teacher before the update, on the first tokens of the batch."""

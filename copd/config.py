@@ -196,7 +196,7 @@ class OptimConfig:
 @dataclass(frozen=True)
 class EvalConfig:
     every: int = 0
-    """steps between accuracies of all branches; 0 for the start and the end only"""
+    """steps between accuracies of all branches; 0 for none but the final ones"""
     divergence_every: int | None = None
     """steps between overlaps and KLs between branches; None is `every`; a few to a phase show its saw-tooth"""
     prompts: int = 300

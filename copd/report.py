@@ -176,6 +176,11 @@ class Suite:
             for model in self.models.values()
         ]
 
+    def truncated(self) -> float:
+        """The largest share, in %, of a model's final completions on a domain that reached the length limit."""
+        finals = [run["final"] for runs in self.runs.values() for run in runs.values()]
+        return 100 * max(r["clipped_ratio"] for final in finals for domains in final.values() for r in domains.values())
+
     def ranking(self) -> str:
         overall = [(100 * fmean(model.accuracy["overall"].values()), model.label) for model in self.models.values()]
         return " > ".join(f"{label} {mean:.1f}" for mean, label in sorted(overall, key=lambda pair: -pair[0]))
@@ -249,9 +254,8 @@ class Suite:
         found = {"final": figures.bars(rows, columns)}
         if curves := self._curves():
             found["accuracy"] = figures.lines(curves, 2.3)
-        panels = []
+        looks, panels = {"CoPD": (COLOURS["merged"], "-"), "independent": (COLOURS["averaged"], "--")}, []
         for name, methods in self.measures().items():
-            looks = {"CoPD": (COLOURS["merged"], "-"), "independent": (COLOURS["averaged"], "--")}
             log = "KL" in name  # of equal branches it is 0, which a logarithm cannot show
             shown = {m: {step: v for step, v in line.items() if min(v) > 0 or not log} for m, line in methods.items()}
             lines = [Line(method, looks[method][0], line, looks[method][1]) for method, line in shown.items()]
@@ -259,30 +263,26 @@ class Suite:
         return found | ({"divergence": figures.lines([panels], 2.9)} if panels else {})
 
     def _curves(self) -> list[list[Panel]]:
-        looks = {branch: (f"{branch} branch", colour(i)) for i, branch in enumerate(self.own)}
-        single = {"mixed": ("mixed RLVR", COLOURS["mixed"]), "student": ("MOPD", COLOURS["mopd"])}
-        groups = {
-            "CoPD": [(self.runs["copd"], name, *look) for name, look in looks.items()],
-            "Independent": [(self.control, name, *look) for name, look in looks.items()],
+        branches = [(branch, f"{branch} branch", colour(i)) for i, branch in enumerate(self.own)]
+        members = {
+            "CoPD": [(self.runs["copd"], *look) for look in branches],
+            "Independent": [(self.control, *look) for look in branches],
             "One model": [
-                (runs, name, *single[name])
-                for name, runs in zip(single, (self.runs["mixed"], self.runs["mopd"]), strict=True)
+                (self.runs["mixed"], "mixed", "mixed RLVR", COLOURS["mixed"]),
+                (self.runs["mopd"], "student", "MOPD", COLOURS["mopd"]),
             ],
         }
-        rows = []
-        for title, members in groups.items():
-            panels = []
-            for domain in self.first["domains"]:
-                lines = []
-                for runs, name, label, shade in members:
-                    line = series(runs, "eval", "accuracy", 100, branch=name, domain=domain)
-                    if line:
-                        lines.append(Line(label, shade, line, width=2.4 if self.own.get(name) == domain else 1.3))
-                phases = self.phases if title == "CoPD" else []
-                panels.append(Panel(f"{title}: {domain}", lines, phases, percent=True))
-            if panels[0].lines:
-                rows.append(panels)
-        return rows
+
+        def panel(title: str, domain: str) -> Panel:
+            lines = [
+                Line(label, shade, line, width=2.4 if self.own.get(name) == domain else 1.3)
+                for runs, name, label, shade in members[title]
+                if (line := series(runs, "eval", "accuracy", 100, branch=name, domain=domain))
+            ]
+            return Panel(f"{title}: {domain}", lines, self.phases if title == "CoPD" else [], percent=True)
+
+        rows = [[panel(title, domain) for domain in self.first["domains"]] for title in members]
+        return [row for row in rows if row[0].lines]
 
     def cards(self) -> dict[str, list[Result]]:
         """Domain -> held-out prompts of the first seed, each with what every model answered."""

@@ -33,6 +33,7 @@ from copd.tasks.arithmetic import Arithmetic
 from copd.tasks.count import Count
 from copd.tasks.motion import Motion
 from copd.warmstart import warm_start
+from copd_kernels.rows import resolve
 
 logger = logging.getLogger("copd")
 SYNTHETIC = {"arithmetic": Arithmetic, "count": Count, "motion": Motion}
@@ -212,7 +213,12 @@ class Run:
                 "updates": len(trained) * cfg.rlvr.updates_per_batch,
                 "tokens": sum(record["tokens"] for record in trained),
             },
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+            "versions": {
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                # the backend's sums differ from another's in the last bits
+                "rows": resolve("train", None, self.device),
+            },
         }
         (self.directory / "results.json").write_text(json.dumps(results, indent=1))
         return results

@@ -70,7 +70,10 @@ def make(method, seed=0, variant="", domains=DOMAINS, merged=MERGED):
         "branches": branches,
         "config": {"method": method, "seed": seed, "topology": "hub", "eval": {"top_k": 10}},
         "phases": PHASES if method == "copd" else [["rl", 0, total]],
-        "final": {m: {d: {"accuracy": accuracy(m, d), "samples": 600} for d in domains} for m in models},
+        "final": {
+            m: {d: {"accuracy": accuracy(m, d), "samples": 600, "clipped_ratio": 0.015} for d in domains}
+            for m in models
+        },
         "eval": evals,
         "divergence": divergences,
         "samples": samples,
@@ -141,6 +144,10 @@ def test_divergence_table_compares_copd_with_the_control(written):
 def test_the_order_is_the_one_measured(written):
     text, _ = written
     assert "in order: MOPD 89.0 > CoPD merged 86.0 > CoPD text (hub) 84.3 > mixed, 36 steps 81.0 > " in text
+
+
+def test_completions_at_the_length_limit_are_counted(written):
+    assert "Completions cut off at the length limit: at most 1.5 % of a model's." in written[0]
 
 
 def test_one_seed_has_no_error(tmp_path):
