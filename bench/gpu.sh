@@ -37,6 +37,13 @@ workers=$("$python" -c 'import xdist' 2>/dev/null && echo "-n 8")
 stage build 180 "$python" setup.py build_ext --inplace
 # shellcheck disable=SC2086
 stage tests 120 "$python" -m pytest -q -m gpu $workers tests
+# every access and every race of the native rows, on one small shape a divergence
+for tool in memcheck racecheck; do
+    command -v compute-sanitizer >/dev/null || { echo "$tool: no compute-sanitizer"; break; }
+    stage "$tool" 40 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -m pytest -q -m gpu \
+        -k "native and matches_reference and past-a-tile" tests/test_kl.py tests/test_logprob.py
+done
+bench rows 40 bench/bench_rows.py
 bench kl 70 bench/bench_kl.py::bench_reverse
 bench logprob 60 bench/bench_logprob.py::bench_logprob
 bench jsd 60 bench/bench_kl.py::bench_jsd

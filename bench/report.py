@@ -137,7 +137,7 @@ def block(everything: list[Data]) -> str:
 
 def table(rows: list[Row]) -> str:
     """Every contender of every row, as Markdown that reads well in a terminal."""
-    kinds = {"accuracy": accuracy, "step": step}
+    kinds = {"accuracy": accuracy, "rows": row_math, "step": step}
     return "\n".join(kinds.get(row["op"], contenders)(row) for row in rows)
 
 
@@ -178,6 +178,16 @@ def accuracy(row: Row) -> str:
     header = ["at a loss of", *(f"{value:.0e}" for value in row["value"])]
     cells = [[e["name"], *(form("{:.1e}", x) for x in e["gradient_error"])] for e in row["entries"]]
     return markdown(f"gradient error, kl, {SHORT[row['dtype']]}, {row['divergence']}", header, cells)
+
+
+def row_math(row: Row) -> str:
+    copy = next(ms(e) for e in row["entries"] if e["name"] == "copy")
+    cells = [
+        [e["name"], f"{ms(e):,.2f}", spread(e), f"{row['bytes'] / ms(e) / 1e6:,.0f}", f"{copy / ms(e):.0%}"]
+        for e in row["entries"]
+    ]
+    where = f"{row['model']}, R={row['R']:,} V={row['V']:,} T={row['T']}"
+    return markdown(f"the rows of kl alone, {where}", ["", "ms", "min–max", "GB/s", "of a copy"], cells)
 
 
 def step(row: Row) -> str:

@@ -90,7 +90,7 @@ def load(folder: Path = FOLDER) -> list[Data]:
 
 
 def timed(data: Data) -> list[Row]:
-    return [row for row in data["rows"] if row["op"] not in ("accuracy", "step")]
+    return [row for row in data["rows"] if row["op"] not in ("accuracy", "rows", "step")]
 
 
 def sweep(data: Data) -> list[Row]:
