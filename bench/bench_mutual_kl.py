@@ -2,9 +2,9 @@
 
 import pytest
 
-from bench.rivals import FEW
+from bench.rivals import EAGER, FEW
 
 
-@pytest.mark.parametrize("K", [2, 3])
-def bench_mutual_kl(contest, K):
-    contest("mutual_kl", FEW, T=K - 1)
+@pytest.mark.parametrize(("K", "rivals"), [(2, FEW), (3, EAGER)], ids=["K2", "K3"])
+def bench_mutual_kl(contest, K, rivals):
+    contest("mutual_kl", rivals, T=K - 1)

@@ -14,7 +14,8 @@ def assert_one_workspace(row: dict) -> None:
 
 
 def bench_over_N(contest, scale, sweep_N):
-    row = contest("kl", FEW, model="qwen3-vl-4b", shrink=scale.sweep_shrink, N=sweep_N)
+    rounds = (scale.rounds + 1) // 2
+    row = contest("kl", FEW, rounds=rounds, model="qwen3-vl-4b", shrink=scale.sweep_shrink, N=sweep_N)
     assert_one_workspace(row)
 
 

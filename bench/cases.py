@@ -43,7 +43,7 @@ class Scale:
 
 SCALES = {
     "cuda": Scale((1, 1), 8192, 7, torch.bfloat16, torch.float16, (1, 1), (1024, 4096, 16_384, 65_536), 1 << 20),
-    "cpu": Scale((8, 16), 512, 3, torch.float32, torch.bfloat16, (32, 32), (1024, 4096, 16_384), 1 << 16),
+    "cpu": Scale((8, 16), 512, 3, torch.float32, torch.bfloat16, (32, 32), (512, 2048, 8192), 1 << 15),
     "quick": Scale((64, 64), 32, 1, torch.float32, torch.bfloat16, (64, 64), (32, 64), 128),
 }
 
@@ -118,6 +118,7 @@ def draw(case: Case) -> Inputs:
     index = torch.arange(U, device=case.device) % case.T if case.op == "routed_kl" else None
 
     repeats = case.N // U
+    assert repeats * U == case.N, f"N must be a multiple of {UNIQUE}; got {case.N}"
     tokens, index = tokens.repeat(repeats), index if index is None else index.repeat(repeats)
     kind = {"dtype": case.dtype, "copy": True}
     heads = [Head(h.to(**kind).repeat(repeats, 1), lm_head.to(**kind), softcap=case.softcap) for h in states]
