@@ -37,11 +37,11 @@ workers=$("$python" -c 'import xdist' 2>/dev/null && echo "-n 8")
 stage build 180 "$python" setup.py build_ext --inplace
 # shellcheck disable=SC2086
 stage tests 120 "$python" -m pytest -q -m gpu $workers tests
-# every access and every race of the native rows, on one small shape a divergence
+# every access and every race of the native rows, on short rows
 for tool in memcheck racecheck; do
     command -v compute-sanitizer >/dev/null || { echo "$tool: no compute-sanitizer"; break; }
     stage "$tool" 40 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -m pytest -q -m gpu \
-        -k "native and matches_reference and past-a-tile" tests/test_kl.py tests/test_logprob.py
+        -k "cuda_rows and not real" tests/test_native.py
 done
 bench rows 40 bench/bench_rows.py
 bench kl 70 bench/bench_kl.py::bench_reverse

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_cases import make
+from kernel_cases import DIVERGENCES, make, relative
 
 from copd_kernels import kl, rows
 from copd_kernels.rows import BACKENDS, missing
@@ -67,6 +67,50 @@ def test_the_cpu_rows_are_clean_under_sanitizers(tmp_path):
     preload = {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "2"}
     select = "native and cpu and (reference or overlap or infinite or no_token)"
     run_kernel_tests(tmp_path, select, preload)
+
+
+# one segment a block; a ring that turns; fp32 that a bulk copy cannot read; a real vocabulary
+WIDTHS = {"small": 8192, "uneven": 20_004, "misaligned": 20_011, "real": 151_936}
+
+
+@pytest.mark.gpu
+@needs_build
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("T", [1, 4])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_cuda_rows_match_the_torch_rows(width, divergence, T, dtype):
+    R, V, teachers = 5, WIDTHS[width], list(range(1, T + 1))
+    z = 3 * torch.randn(T + 1, R, V, device="cuda")
+    z[1:, -1] = z[0, -1] + 0.1 * torch.randn(V, device="cuda")
+    weight = torch.rand(T, R, device="cuda")
+    got, wanted = torch.empty(R, V, device="cuda", dtype=dtype), torch.empty_like(z[0], dtype=torch.float64)
+    arguments = (0, teachers, divergence, 0.3)
+    want = rows.load("torch").kl(z.double(), *arguments, weight.double(), 50.0, wanted)
+    value = rows.load("native").kl(z, *arguments, weight, 50.0, got)
+    torch.testing.assert_close(value.double(), want, rtol=1e-4, atol=1e-6)
+    assert relative(got, wanted) < {torch.float32: 1e-5, torch.bfloat16: 3e-3, torch.float16: 1e-3}[dtype]
+    again = torch.empty_like(got)
+    assert torch.equal(rows.load("native").kl(z, *arguments, weight, 50.0, again), value)
+    assert torch.equal(again, got)
+    assert torch.equal(rows.load("native").kl(z, *arguments), value)
+
+
+@pytest.mark.gpu
+@needs_build
+@pytest.mark.parametrize("width", WIDTHS)
+def test_cuda_rows_of_logprob_match_the_torch_rows(width):
+    R, V = 5, WIDTHS[width]
+    z, tokens, upstream = 3 * torch.randn(1, R, V), torch.randint(0, V, (R,)), torch.randn(3, R)
+    z, tokens, upstream = z.cuda(), tokens.cuda(), upstream.cuda()
+    for got, want in zip(
+        rows.load("native").logprob(z, tokens), rows.load("torch").logprob(z.double(), tokens), strict=True
+    ):
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
+    got, wanted = torch.empty_like(z[0]), torch.empty_like(z[0], dtype=torch.float64)
+    rows.load("torch").logprob_grad(z.double(), tokens, *upstream.double(), None, wanted)
+    rows.load("native").logprob_grad(z, tokens, *upstream, None, got)
+    assert relative(got, wanted) < 1e-5
 
 
 @needs_build
