@@ -4,25 +4,13 @@ Every logit is read once and every dlogit written once: R·V·(4 (T + 1) + width
 fp32 logits comes in bf16 on a GPU, in fp32 on a CPU.
 """
 
-import time
-
 import pytest
 import torch
 
 from bench.cases import MODELS
+from bench.measure import Clock
 from bench.results import OURS
 from copd_kernels.rows import BACKENDS, load, missing
-
-
-def clock(run, device: str) -> float:
-    """ms of one call."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return 1e3 * (time.perf_counter() - start)
 
 
 @pytest.mark.parametrize("T", [1, 2, 4])
@@ -45,11 +33,11 @@ def bench_rows(benchmark, record, scale, device, model, T):
     for name in names:
         torch.testing.assert_close(call(name)(), want, rtol=1e-4, atol=1e-5)
     runs = {f"{name} rows": call(name) for name in names} | {"copy": lambda: target.copy_(source)}
-    ms = {name: [] for name in runs}
+    ms, clock = {name: [] for name in runs}, Clock(device)
 
     def interleaved() -> None:
         for name, run in runs.items():
-            ms[name].append(clock(run, device))
+            ms[name].append(clock.time(run)[0])
 
     interleaved()
     ms = {name: [] for name in runs}

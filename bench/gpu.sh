@@ -37,16 +37,16 @@ workers=$("$python" -c 'import xdist' 2>/dev/null && echo "-n 8")
 stage build 180 "$python" setup.py build_ext --inplace
 # shellcheck disable=SC2086
 stage tests 120 "$python" -m pytest -q -m gpu $workers tests
+bench rows 40 bench/bench_rows.py
+bench kl 70 bench/bench_kl.py::bench_reverse
+bench logprob 60 bench/bench_logprob.py::bench_logprob
+bench jsd 60 bench/bench_kl.py::bench_jsd
 # every access and every race of the native rows, on short rows
 for tool in memcheck racecheck; do
     command -v compute-sanitizer >/dev/null || { echo "$tool: no compute-sanitizer"; break; }
     stage "$tool" 40 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -m pytest -q -m gpu \
         -k "cuda_rows and not real" tests/test_native.py
 done
-bench rows 40 bench/bench_rows.py
-bench kl 70 bench/bench_kl.py::bench_reverse
-bench logprob 60 bench/bench_logprob.py::bench_logprob
-bench jsd 60 bench/bench_kl.py::bench_jsd
 bench teachers 90 bench/bench_kl.py::bench_teachers bench/bench_kl.py::bench_routed_teachers
 bench scale 80 bench/bench_scale.py
 bench accuracy 40 bench/bench_accuracy.py

@@ -10,6 +10,7 @@ import ctypes
 import gc
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -77,6 +78,14 @@ class Clock:
             return (torch.cuda.max_memory_allocated() - self.before) / MIB
         return (resident("VmHWM") - self.before) / MIB if sys.platform == "linux" else None
 
+    def time(self, call: Callable[[], object]) -> tuple[float, float | None]:
+        """ms of one call, and its peak."""
+        self.prepare()
+        start = time.perf_counter()
+        call()
+        peak = self.finish()
+        return 1e3 * (time.perf_counter() - start), peak
+
 
 def resident(key: str) -> int:
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
@@ -108,11 +117,8 @@ def contest(benchmark, case: Case, rivals: dict[str, Contender], rounds: int, ba
 
     def others() -> None:
         for entry, call in calls:
-            clock.prepare()
-            start = time.perf_counter()
-            call()
-            peak = clock.finish()
-            entry.ms.append(1e3 * (time.perf_counter() - start))
+            ms, peak = clock.time(call)
+            entry.ms.append(ms)
             entry.note(peak)
         clock.prepare()
 
