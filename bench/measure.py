@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -25,6 +24,7 @@ from bench.rivals import Contender, Unsupported, ours
 from copd_kernels.rows import resolve
 
 MIB = 1 << 20
+WATERMARK = Path("/proc/self/clear_refs")
 # relative error this library may have in what is timed, and beyond which a rival is wrong: half a gradient, a tenth of
 # a loss
 GATE = {torch.float32: (1e-5, 5e-5), torch.float16: (1e-4, 3e-3), torch.bfloat16: (1e-4, 5e-3)}
@@ -58,6 +58,7 @@ class Clock:
 
     def __init__(self, device: str) -> None:
         self.cuda = device == "cuda"
+        self.linux = WATERMARK.exists()
 
     def prepare(self) -> None:
         gc.collect()
@@ -65,10 +66,10 @@ class Clock:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated()
-        elif sys.platform == "linux":
+        elif self.linux:
             # freed memory goes back to the system, and the high-water mark down to what is left
             ctypes.CDLL(None).malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")
+            WATERMARK.write_text("5")
             self.before = resident("VmRSS")
 
     def finish(self) -> float | None:
@@ -76,7 +77,7 @@ class Clock:
         if self.cuda:
             torch.cuda.synchronize()
             return (torch.cuda.max_memory_allocated() - self.before) / MIB
-        return (resident("VmHWM") - self.before) / MIB if sys.platform == "linux" else None
+        return (resident("VmHWM") - self.before) / MIB if self.linux else None
 
     def time(self, call: Callable[[], object]) -> tuple[float, float | None]:
         """ms of one call, and its peak."""

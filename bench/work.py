@@ -59,34 +59,38 @@ def bytes_needed(inputs: Inputs) -> int:
 
 
 def roof(inputs: Inputs) -> Callable[[], None]:
-    """The op's GEMMs and nothing else: its operands, fp32 results, chunk heights and accumulation."""
+    """The op's GEMMs and nothing else: its operands, fp32 results and chunk heights, into memory at hand."""
     case = inputs.case
     out_dtype = accumulator(case.dtype)
     operand = schedule.operand_dtype(inputs.student.hidden, out_dtype)
-    narrow = operand if operand != out_dtype else None
-    # made beforehand: widening is not a GEMM
     lm_heads = [head.lm_head.detach().to(operand) for head in inputs.heads]
     hidden = inputs.student.hidden.detach().to(operand)
-
+    like = torch.empty(0, dtype=out_dtype, device=case.device)
     # routed tokens are walked teacher by teacher
     segments = case.T if case.op == "routed_kl" else 1
 
+    def prepare(sweep: Sweep) -> tuple[Sweep, schedule.Workspace, list[Tensor]]:
+        apart = sweep.dhidden and (operand != out_dtype or case.op == "mutual_kl")
+        space = schedule.Workspace(case.N // segments, sweep.project, case.V, like, 0, operand if apart else None)
+        if apart:
+            # zeros would cost a GPU less power and time than gradients do
+            space.separate.normal_()
+        return sweep, space, [like.new_empty(case.V, case.D) for _ in range(sweep.dlm_head)]
+
+    plan = [prepare(sweep) for sweep in sweeps(case)]
+    dhidden = like.new_empty(case.N, case.D)
+
     def run() -> None:
-        like = torch.empty(0, dtype=out_dtype, device=case.device)
-        for sweep in sweeps(case):
-            dlm_heads = [like.new_empty(case.V, case.D) for _ in range(sweep.dlm_head)]
-            space = schedule.Workspace(case.N // segments, sweep.project, case.V, like, 0, narrow)
+        for sweep, space, dlm_heads in plan:
             for segment, chunk in itertools.product(range(segments), space.chunks):
                 R = chunk.stop - chunk.start
-                z = space.logits(R)
+                z, dlogits = space.logits(R), space.dlogits(R)
                 for k in range(sweep.project):
                     schedule.addmm(z[k], hidden[chunk], lm_heads[k].T)
                 for k in range(sweep.dhidden):
-                    dlogits = z[k] if narrow is None else space.dlogits(R)
-                    schedule.addmm(like.new_empty(R, case.D), dlogits, lm_heads[k])
-                    if sweep.dlm_head:
-                        again = segment + chunk.start > 0
-                        schedule.addmm(dlm_heads[k], dlogits.T, hidden[chunk], accumulate=again)
+                    schedule.addmm(dhidden[chunk], dlogits, lm_heads[k])
+                for dlm_head in dlm_heads:
+                    schedule.addmm(dlm_head, dlogits.T, hidden[chunk], accumulate=segment + chunk.start > 0)
 
     return run
 
