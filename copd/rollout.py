@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,15 @@ from transformers import DynamicCache, PreTrainedModel
 from copd.config import RolloutConfig
 from copd.model import Sequences, collate, extend, hidden_states
 from copd.tasks import Prompt, Task
+
+
+class Special(NamedTuple):
+    """Token ids."""
+
+    eos: list[int]
+    pad: int
+    media: list[int]
+    """placeholders, never sampled"""
 
 
 @dataclass
@@ -59,17 +69,14 @@ def completions(task: Task, rollout: Rollout) -> list[str]:
     return [task.decode(tokens[mask].tolist()) for tokens, mask in rows]
 
 
-def special_tokens(model: PreTrainedModel, processor) -> tuple[list[int], int, list[int]]:
-    """EOS ids, the padding id, and the media ids that must never be sampled."""
+def special_tokens(model: PreTrainedModel, processor: Any) -> Special:
     tokenizer = getattr(processor, "tokenizer", processor)
-    eos = {tokenizer.eos_token_id}
     configured = model.generation_config.eos_token_id if model.generation_config else None
-    eos.update(configured if isinstance(configured, list) else [configured])
+    ends = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
+    eos = sorted(ends - {None})
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    media = [getattr(model.config, name, None) for name in names]
-    eos = sorted(token for token in eos if token is not None)
-    padding = eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    return eos, padding, [token for token in media if token is not None]
+    media = [getattr(model.config, name) for name in names if getattr(model.config, name, None) is not None]
+    return Special(eos, eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id, media)
 
 
 @torch.no_grad()
@@ -78,17 +85,16 @@ def generate(
     prompts: list[Prompt],
     samples: int,
     cfg: RolloutConfig,
-    special: tuple[list[int], int, list[int]],
+    special: Special,
     seed: int,
     greedy: bool = False,
 ) -> Rollout:
     """`samples` completions of each prompt, at `cfg.temperature` or greedily."""
-    eos, padding, _ = special
     device = model.device
     chunk = cfg.chunk_prompts or len(prompts)
     generator = torch.Generator(device).manual_seed(seed)
     model.eval()  # activation checkpointing, on in training mode, would drop the KV cache
-    whole = collate(model, prompts, padding, device)
+    whole = collate(model, prompts, special.pad, device)
     parts = [
         _generate(model, whole.take(slice(i, min(i + chunk, len(prompts)))), samples, cfg, special, generator, greedy)
         for i in range(0, len(prompts), chunk)
@@ -98,8 +104,8 @@ def generate(
     tokens = torch.cat([pad(tokens, (0, width - tokens.shape[1]), value=-1) for tokens, _ in parts])
     logp = torch.cat([pad(logp, (0, width - logp.shape[1])) for _, logp in parts])
     mask = tokens >= 0
-    tokens = tokens.where(mask, padding)
-    truncated = ~(torch.isin(tokens, torch.tensor(eos, device=device)) & mask).any(1)
+    tokens = tokens.where(mask, special.pad)
+    truncated = ~(torch.isin(tokens, torch.tensor(special.eos, device=device)) & mask).any(1)
     return Rollout(extend(whole, tokens, mask), tokens, mask, logp * mask, truncated)
 
 
@@ -108,23 +114,22 @@ def _generate(
     prompts: Sequences,
     samples: int,
     cfg: RolloutConfig,
-    special: tuple[list[int], int, list[int]],
+    special: Special,
     generator: torch.Generator,
     greedy: bool,
 ) -> tuple[Tensor, Tensor]:
     """Tokens (P * G, C), -1 after EOS, and their log-probs."""
-    eos, padding, media = special
     cache = DynamicCache(config=model.config)
     last = hidden_states(model, prompts, cache)[:, -1].repeat_interleave(samples, 0)  # (B, D)
     cache.batch_repeat_interleave(samples)
     mask = prompts.attention_mask.repeat_interleave(samples, 0)
     position = prompts.position_ids.amax(dim=(0, 2)).repeat_interleave(samples)  # (B,)
-    ends = torch.tensor(eos, device=last.device)
+    ends = torch.tensor(special.eos, device=last.device)
     done = torch.zeros(last.shape[0], dtype=torch.bool, device=last.device)
     tokens, logps = [], []
     while True:
         logits = model.lm_head(last).float() / cfg.temperature  # (B, V), the last position alone
-        logits[:, media] = -torch.inf
+        logits[:, special.media] = -torch.inf
         logp = logits.log_softmax(-1)
         token = logp.argmax(-1) if greedy else torch.multinomial(logp.exp(), 1, generator=generator)[:, 0]
         logps.append(logp.gather(1, token[:, None])[:, 0])
@@ -135,6 +140,6 @@ def _generate(
         position = position + 1
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         step = Sequences(
-            [], samples, token.where(tokens[-1] >= 0, padding)[:, None], mask, position[:, None].expand(3, -1, -1)
+            [], samples, token.where(tokens[-1] >= 0, special.pad)[:, None], mask, position[:, None].expand(3, -1, -1)
         )
         last = hidden_states(model, step, cache)[:, -1]

@@ -57,7 +57,7 @@ def _train(model: PreTrainedModel, processor: Any, tasks: list[Task], cfg: Confi
     def update(step: int, lr: float, sizes: dict[str, int], careful: bool) -> None:
         optimizer.param_groups[0]["lr"] = lr
         for task in tasks:
-            loss = _imitation_loss(model, task, sizes[task.name], step, careful, special[1], cfg.seed)
+            loss = _imitation_loss(model, task, sizes[task.name], step, careful, special.pad, cfg.seed)
             (loss / len(tasks)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

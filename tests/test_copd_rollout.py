@@ -10,7 +10,7 @@ from copd.config import OPDConfig, RLVRConfig
 from copd.distill import delta
 from copd.model import collate, extend, hidden_states, load_saved
 from copd.rlvr import advantages, policy_loss, token_weights
-from copd.rollout import generate, seed_of, special_tokens
+from copd.rollout import seed_of
 from copd_kernels import logprob
 
 DOMAINS = pytest.mark.parametrize("domain", ["text", "image", "video"])
@@ -28,7 +28,7 @@ def test_sampled_log_probs_are_those_the_training_kernels_compute(tmp_path, doma
     head, tokens = branch.head(rollout, slice(0, len(rollout.tokens)))
     logp = logprob(head, tokens, temperature=0.7).logp
     # the sampler's are of the words without the four media ids
-    media = torch.tensor(branch.special[2])
+    media = torch.tensor(branch.special.media)
     weight = branch.model.lm_head.weight
     logits = head.hidden @ weight.T / 0.7
     kept = 1 - logits.softmax(-1)[:, media].sum(-1)
@@ -76,7 +76,7 @@ def test_prompts_of_different_lengths_and_media_share_a_batch(tmp_path):
 
 def test_media_ids_are_never_sampled(tmp_path):
     branch = make_branch(make_config(tmp_path))
-    media = torch.tensor(branch.special[2])
+    media = torch.tensor(branch.special.media)
     assert len(media) == 4
     branch.model.lm_head.weight.data[media] *= 100
     rows = [branch.tasks[0].prompt(i) for i in range(16)]
@@ -89,7 +89,7 @@ def test_generation_stops_when_every_row_has_ended(tmp_path):
     # EOS shares its row with the embedding: make it the answer to everything
     branch.model.lm_head.weight = torch.nn.Parameter(torch.zeros(256, 32))
     branch.model.lm_head.weight.data[2] = 0.0
-    branch.special = (list(range(250)), 0, branch.special[2])
+    branch.special = branch.special._replace(eos=list(range(250)))
     rollout = branch.rollout([branch.tasks[0].prompt(0)], 0)
     assert rollout.tokens.shape[1] == 1
     assert not rollout.truncated.any()
@@ -99,7 +99,7 @@ def test_the_mask_ends_with_eos_and_truncated_rows_have_none(tmp_path):
     branch, rollout = make_rollout(make_config(tmp_path, "rollout.samples=32", "rollout.max_new_tokens=32"))
     for tokens, mask, truncated in zip(rollout.tokens, rollout.mask, rollout.truncated, strict=True):
         kept = tokens[mask].tolist()
-        assert (kept.count(branch.special[0][0]), kept[-1] in branch.special[0]) == (
+        assert (kept.count(branch.special.eos[0]), kept[-1] in branch.special.eos) == (
             (0, False) if truncated else (1, True)
         )
     assert 0 < rollout.truncated.float().mean() < 1
@@ -126,8 +126,6 @@ def test_special_tokens_come_from_tokenizer_and_config(tmp_path):
     branch = make_branch(make_config(tmp_path))
     eos, pad, media = branch.special
     assert (eos, pad, sorted(media)) == ([2], 0, [252, 253, 254, 255])
-    assert special_tokens.__doc__
-    assert generate.__doc__
 
 
 def test_group_advantages_sum_to_zero_and_vanish_for_equal_rewards():

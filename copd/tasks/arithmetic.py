@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
 from copd.tasks.synthetic import SyntheticTask
 
 
+@dataclass(kw_only=True)
 class Arithmetic(SyntheticTask):
     """`text 7 + 5 - 3 + 9 =` -> `2 9 answer 8`."""
 
-    def __init__(self, name: str, *, steps: int = 3, modulus: int = 10, operand: int = 9, **shared: Any) -> None:
-        super().__init__(name, **shared)
-        self.steps, self.modulus, self.operand = steps, modulus, operand
+    modulus: int = 10
+    operand: int = 9
 
     def draw(self, rng: np.random.Generator) -> tuple[int, ...]:
         start = int(rng.integers(self.modulus))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -19,12 +19,17 @@ SHAPES = [
 ]
 
 
+@dataclass(kw_only=True)
 class Count(SyntheticTask):
     """`image red <vision> =` over a 3 x 3 grid -> `1 3 answer 4`, the counts up to each row."""
 
-    def __init__(self, name: str, *, grid: int = 3, noise: float = 0.1, **shared: Any) -> None:
-        super().__init__(name, **shared)
-        self.steps, self.noise = grid, noise
+    steps: int = field(init=False)
+    grid: int = 3
+    noise: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.steps = self.grid
 
     def draw(self, rng: np.random.Generator) -> tuple[int, tuple[int, ...]]:
         return int(rng.integers(3)), tuple(rng.integers(0, EMPTY + 1, self.steps**2).tolist())

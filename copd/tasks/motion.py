@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,12 +12,12 @@ from copd.tasks.vocabulary import VIDEO, VISION_END, VISION_START
 COLUMN, BLOCK = 2 * PATCH, 6  # pixels: a column is one merged visual token
 
 
+@dataclass(kw_only=True)
 class Motion(SyntheticTask):
     """`video right <vision> x 4 =` -> `1 1 answer 2`, the moves to the right up to each step."""
 
-    def __init__(self, name: str, *, steps: int = 3, columns: int = 4, noise: float = 0.1, **shared: Any) -> None:
-        super().__init__(name, **shared)
-        self.steps, self.columns, self.noise = steps, columns, noise
+    columns: int = 4
+    noise: float = 0.1
 
     def draw(self, rng: np.random.Generator) -> tuple[tuple[int, ...], int, int, int]:
         """Columns of the block over time (it turns back where it would leave the frame), colour, offset in its cell."""

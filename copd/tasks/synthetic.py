@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import zlib
 from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -27,34 +28,27 @@ from copd.tasks.vocabulary import BOS, EOS, IMAGE, VIDEO, decode, encode
 PATCH, MERGE, TEMPORAL = 4, 2, 2  # of the tiny model's vision tower
 
 
+@dataclass(kw_only=True)
 class SyntheticTask(ABC):
     """A seeded generator. `train_rows` and `test_rows` are drawn from problems that share none."""
 
-    def __init__(
-        self,
-        name: str,
-        *,
-        seed: int = 0,
-        train_rows: int = 65536,
-        test_rows: int = 1024,
-        slip: float = 0.3,
-        slip_unit: Literal["step", "problem"] = "step",
-        convention: Literal["plain", "mirror"] | None = None,
-        convention_slip: float = 0.0,
-    ) -> None:
-        if convention not in (None, "plain", "mirror"):
-            raise ValueError(f"{name}: convention must be plain or mirror; got {convention!r}")
-        if slip_unit not in ("step", "problem"):
-            raise ValueError(f"{name}: slip_unit must be step or problem; got {slip_unit!r}")
-        if not 0 <= slip <= 1:
-            raise ValueError(f"{name}: slip must be in [0, 1]; got {slip}")
-        self.name = name
-        self.seed = seed
-        self.rows = {"train": train_rows, "test": test_rows}
-        self.slip = slip
-        self.slip_unit = slip_unit
-        self.convention = convention
-        self.convention_slip = convention_slip
+    name: str = field(kw_only=False)
+    steps: int = 3
+    seed: int = 0
+    train_rows: int = 65536
+    test_rows: int = 1024
+    slip: float = 0.3
+    slip_unit: Literal["step", "problem"] = "step"
+    convention: Literal["plain", "mirror"] | None = None
+    convention_slip: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.convention not in (None, "plain", "mirror"):
+            raise ValueError(f"{self.name}: convention must be plain or mirror; got {self.convention!r}")
+        if self.slip_unit not in ("step", "problem"):
+            raise ValueError(f"{self.name}: slip_unit must be step or problem; got {self.slip_unit!r}")
+        if not 0 <= self.slip <= 1:
+            raise ValueError(f"{self.name}: slip must be in [0, 1]; got {self.slip}")
 
     @abstractmethod
     def draw(self, rng: np.random.Generator) -> Any:
@@ -68,14 +62,12 @@ class SyntheticTask(ABC):
     def values(self, problem: Any, slips: np.ndarray) -> list[int]:
         """Running value after each step, taking the other rule where `slips` (steps,) is set."""
 
-    steps: int
-
     def frames(self, problem: Any, rng: np.random.Generator) -> np.ndarray | None:
         """Pixels (frames, H, W, 3) in [-1, 1], one frame for an image; None for text."""
         return None
 
     def size(self, split: Split) -> int:
-        return self.rows[split]
+        return self.train_rows if split == "train" else self.test_rows
 
     def _problem(self, index: int, split: Split) -> tuple[Any, np.random.Generator]:
         rng = np.random.default_rng([self.seed, zlib.crc32(self.name.encode()), split == "test", index])
