@@ -78,7 +78,8 @@ def run(study: Study) -> list[Path]:
     failed: list[Path] = []
     # a run -> those of its suite and seed that wait for it
     running: dict[Future[int], tuple[Path, list[Path]]] = {}
-    with ThreadPoolExecutor(study.jobs) as pool:
+    pool = ThreadPoolExecutor(study.jobs)
+    try:
         while True:
             # the next suite and seed begins where the last one leaves a job idle
             while len(running) < study.jobs and (group := next(groups, None)):
@@ -96,6 +97,9 @@ def run(study: Study) -> list[Path]:
             for future, (path, _) in running.items():
                 if future.running():
                     print(f"       {path.with_suffix('')}: {progress(path)}", flush=True)
+    finally:
+        # on Ctrl-C the runs save a checkpoint and end; those that wait do not start
+        pool.shutdown(cancel_futures=True)
 
 
 def progress(path: Path) -> str:

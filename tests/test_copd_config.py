@@ -1,7 +1,10 @@
 """Configs: files, overrides, errors, and the command line."""
 
+import signal
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 
@@ -156,6 +159,23 @@ def test_a_failed_first_run_takes_those_that_need_it_along(tmp_path, monkeypatch
     monkeypatch.setattr(study, "launch", lambda path: 1)
     plan = study.Study(output_dir=str(tmp_path), variants={"tiny": {"branches": {"text": {"task": "arithmetic"}}}})
     assert len(study.run(plan)) == 4
+
+
+def test_ctrl_c_starts_no_further_run(tmp_path, monkeypatch):
+    calls = []
+
+    def launch(path):
+        calls.append(path.stem)
+        if path.stem == "copd-seed0":
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            time.sleep(0.5)
+        return 0
+
+    monkeypatch.setattr(study, "launch", launch)
+    variants = {"tiny": {"branches": {"text": {"task": "arithmetic"}}}}
+    with pytest.raises(KeyboardInterrupt):
+        study.run(study.Study(output_dir=str(tmp_path), jobs=1, variants=variants))
+    assert calls == ["independent-seed0", "copd-seed0"]
 
 
 def test_the_smoke_config_runs_by_one_command(tmp_path):
