@@ -5,7 +5,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+# a thread that spins while another process has its partner's core loses milliseconds at every barrier
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
