@@ -75,7 +75,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def command(run: Callable[..., None], schema: type | None, text: str) -> argparse.ArgumentParser:
         name = run.__name__.removeprefix("run_")
-        added = commands.add_parser(name, help=text, description=text + (" [key=value ...]" if schema else ""))
+        hint = "key=value arguments after these override single settings" if schema else None
+        added = commands.add_parser(name, help=text, description=text, epilog=hint)
         added.set_defaults(run=run, schema=schema, config=None)
         return added
 
@@ -87,7 +88,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     sub = command(run_eval, Config, "accuracy of saved models on a config's domains")
     sub.add_argument("models", nargs="+", help="folders written by save_pretrained")
     sub.add_argument("--config", required=True, help="a run's config.yaml, or the file it came from")
-    sub = command(run_merge, MergeConfig, "merge saved branches; method, weights, scale and density are settings")
+    sub = command(
+        run_merge, MergeConfig, "merge saved branches; settings are method, weights (by folder), scale, density"
+    )
     sub.add_argument("branches", nargs="+", help="folders written by save_pretrained")
     sub.add_argument("--base", help="what they started from; needed by task_arithmetic and ties")
     sub.add_argument("--out", required=True)
@@ -96,9 +99,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     sub.add_argument("--output", type=Path, help="where to write, instead of there: all but the runs themselves")
 
     args, overrides = parser.parse_known_args(argv)
+    if overrides and not args.schema:
+        parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     try:
         cfg = config.load(args.config, overrides, args.schema) if args.schema else None
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
     args.run(args, cfg)
 

@@ -1,5 +1,6 @@
 """Configs: files, overrides, errors, and the command line."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -100,6 +101,20 @@ def test_an_unknown_key_on_the_command_line_ends_with_a_message(capsys):
     with pytest.raises(SystemExit):
         cli.main(["train", "--config", str(CONFIGS / "smoke.yaml"), "lr=0.5"])
     assert "Key 'lr' not in 'Config'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--config", "no.yaml"], "No such file or directory: .*no.yaml"),
+        (["train", "--dryrun"], "an override must have the form key=value; got '--dryrun'"),
+        (["report", "runs", "--out", "results", "x=1"], "unrecognized arguments: x=1"),
+    ],
+)
+def test_a_wrong_argument_ends_with_a_message(capsys, arguments, message):
+    with pytest.raises(SystemExit):
+        cli.main(arguments)
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_an_unknown_command_names_the_known_ones(capsys):
