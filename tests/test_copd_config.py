@@ -141,10 +141,13 @@ def test_eval_and_merge_work_on_saved_branches(tmp_path, capsys):
     cfg = make_config(tmp_path, "method=expert")
     train.run(cfg)
     folders = [str(cfg.run_dir / f"branch-{name}") for name in ("text", "image")]
-    cli.main(["merge", *folders, "--out", str(tmp_path / "out")])
-    models = [load_saved(path)[0].state_dict() for path in (*folders, tmp_path / "out")]
-    for key, value in models[2].items():
-        torch.testing.assert_close(value, (models[0][key] + models[1][key]) / 2)
+    outs = [str(tmp_path / name) for name in ("out", "weighted")]
+    cli.main(["merge", *folders, "--out", outs[0]])
+    cli.main(["merge", *folders, "--out", outs[1], "method=weighted", f"weights={{{folders[0]}: 3}}"])
+    text, image, mean, weighted = (load_saved(path)[0].state_dict() for path in (*folders, *outs))
+    for key in mean:
+        torch.testing.assert_close(mean[key], (text[key] + image[key]) / 2)
+        torch.testing.assert_close(weighted[key], (3 * text[key] + image[key]) / 4)
     cli.main(["eval", str(tmp_path / "out"), "--config", str(cfg.run_dir / "config.yaml")])
     assert capsys.readouterr().out.count("accuracy") == 2
 
