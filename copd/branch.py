@@ -242,7 +242,8 @@ class Branch:
                 raise NonFiniteLoss(f"{rule}; got {loss.item()} from {batch}", batch)
             (beta * loss).backward()
             self._collect()
-            totals.update({name: value.item() for name, value in parts.items()})
+            for name, value in parts.items():
+                totals[name] += value.item()
         return totals
 
     def _collect(self) -> None:
