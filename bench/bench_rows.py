@@ -41,7 +41,7 @@ def bench_rows(benchmark, record, scale, device, model, T):
 
     interleaved()
     ms = {name: [] for name in runs}
-    benchmark.pedantic(interleaved, rounds=2 * scale.rounds)
+    benchmark.pedantic(interleaved, rounds=scale.rounds)
     entries = [{"name": name, "ms": times} for name, times in ms.items()]
     shape = {"model": model, "shrink": scale.shrink, "R": R, "V": V, "T": T, "device": device, "bytes": moved}
     record({"op": "rows", "library": OURS} | shape | {"entries": entries})

@@ -13,7 +13,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from bench.results import FOLDER, OURS, ROOF, SHORT, Data, Row, entry, load, ms, share, sweep, timed
+from bench.results import FOLDER, OURS, ROOF, SHORT, Data, Row, entry, load, ms, ratio, share, sweep, timed
 
 README = Path(__file__).parent.parent / "README.md"
 BLOCK = re.compile(r"(?<=<!-- bench -->\n).*?(?=<!-- /bench -->)", re.DOTALL)
@@ -83,7 +83,7 @@ def summary(row: Row) -> list[str]:
         f"{form(pattern, mine[key])} ({form(pattern, eager.get(key))})"
         for key, pattern in (("peak_mib", "{:,.0f}"), ("gradient_error", "{:.0e}"))
     ]
-    ratios = {e["name"]: ms(e) / ms(mine) for e in row["entries"] if entry(row, e["name"])}
+    ratios = {e["name"]: ratio(e, mine) for e in row["entries"] if entry(row, e["name"])}
     libraries = [name for name in ratios if not name.startswith(OURS) and name not in (*PYTORCH, ROOF)]
     best = min(libraries, key=ratios.__getitem__, default=None)
     rivals = [form("{:.2f}×", ratios.get(name)) for name in ("eager", "torch.compile", best)]
@@ -162,7 +162,7 @@ def contenders(row: Row) -> str:
                 form("{:,.0f}", e["peak_mib"]),
                 form("{:.0e}", e["loss_error"]),
                 form("{:.0e}", e["gradient_error"]),
-                f"{ms(e) / ms(entry(row, OURS)):.2f}",
+                f"{ratio(e, entry(row, OURS)):.2f}",
             ]
         )
     words = [title(row), *([f"T={row['T']}", row["divergence"]] if row["op"] != "logprob" else [])]
@@ -181,9 +181,9 @@ def accuracy(row: Row) -> str:
 
 
 def row_math(row: Row) -> str:
-    copy = next(ms(e) for e in row["entries"] if e["name"] == "copy")
+    copy = entry(row, "copy")
     cells = [
-        [e["name"], f"{ms(e):,.2f}", spread(e), f"{row['bytes'] / ms(e) / 1e6:,.0f}", f"{copy / ms(e):.0%}"]
+        [e["name"], f"{ms(e):,.2f}", spread(e), f"{row['bytes'] / ms(e) / 1e6:,.0f}", f"{ratio(copy, e):.0%}"]
         for e in row["entries"]
     ]
     where = f"{row['model']}, R={row['R']:,} V={row['V']:,} T={row['T']}"

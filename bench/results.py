@@ -110,6 +110,11 @@ def ms(found: Row | None) -> float:
     return statistics.median(found["ms"]) if found else float("nan")
 
 
+def ratio(one: Row, other: Row) -> float:
+    """Of two times, round by round, since what slows one contender in a round slows the other."""
+    return statistics.median(a / b for a, b in zip(one["ms"], other["ms"], strict=True))
+
+
 def share(row: Row, found: Row) -> float:
     """Of the roof: the time of the op's bare GEMMs over a contender's."""
-    return ms(entry(row, ROOF)) / ms(found)
+    return ratio(entry(row, ROOF), found)
