@@ -24,7 +24,7 @@ MODELS = {  # D, V, softcap
     "gemma": (2304, 262_144, 30.0),
 }
 SPREAD = 3.0
-UNIQUE = 1024
+UNIQUE = 256
 
 
 @dataclass(frozen=True)

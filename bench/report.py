@@ -105,13 +105,11 @@ def sentences(data: Data) -> list[str]:
     rows = sweep(data)
     both = [row for row in rows if entry(row, "eager")]
     if both and entry(rows[-1], OURS)["peak_mib"]:
-        mine, eager, last = (
-            f"{entry(row, name)['peak_mib']:,.0f}"
-            for row, name in ((both[-1], OURS), (both[-1], "eager"), (rows[-1], OURS))
-        )
+        mine, eager, last = entry(both[-1], OURS), entry(both[-1], "eager"), entry(rows[-1], OURS)
         lines.append(
-            f"With V={rows[-1]['V']:,}, `kl` peaks at {mine} MiB for N={both[-1]['N']:,}, where eager takes {eager}, "
-            f"and at {last} for N={rows[-1]['N']:,}, of which gradients {rows[-1]['outputs_mib']:,.0f}."
+            f"With V={rows[-1]['V']:,} and N={both[-1]['N']:,}, eager takes {ratio(eager, mine):.2f} times as long and "
+            f"{eager['peak_mib']:,.0f} MiB to our {mine['peak_mib']:,.0f}; at N={rows[-1]['N']:,} ours are "
+            f"{last['peak_mib']:,.0f}, of which gradients {rows[-1]['outputs_mib']:,.0f}."
         )
     info = data["machine"]
     names = ("driver", "cuda", "torch", "triton", "trl", "liger-kernel")
