@@ -8,7 +8,7 @@ BIN := .venv/bin
 
 setup: .venv/ready
 
-.venv/ready: setup.py pyproject.toml
+.venv/ready: setup.py pyproject.toml $(wildcard csrc/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q --disable-pip-version-check $(TORCH)
 	$(BIN)/pip install -q --disable-pip-version-check -e '.[train,test]'
