@@ -43,7 +43,7 @@ class Scale:
 
 SCALES = {
     "cuda": Scale((1, 1), 8192, 7, torch.bfloat16, torch.float16, (1, 1), (1024, 4096, 16_384, 65_536), 1 << 20),
-    "cpu": Scale((8, 16), 512, 3, torch.float32, torch.bfloat16, (32, 32), (512, 2048, 8192), 1 << 15),
+    "cpu": Scale((8, 16), 1024, 3, torch.float32, torch.bfloat16, (32, 32), (512, 2048, 8192), 1 << 16),
     "quick": Scale((64, 64), 32, 1, torch.float32, torch.bfloat16, (64, 64), (32, 64), 128),
 }
 

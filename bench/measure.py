@@ -59,6 +59,9 @@ class Clock:
     def __init__(self, device: str) -> None:
         self.cuda = device == "cuda"
         self.linux = WATERMARK.exists()
+        # what imports left is never garbage: looking through it again and again takes longer than a small op
+        gc.collect()
+        gc.freeze()
 
     def prepare(self) -> None:
         gc.collect()
