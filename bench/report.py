@@ -65,8 +65,8 @@ def headline(data: Data) -> str:
     lines = [
         f"{device}: {shape}, N={first['N']:,}, D={first['D']:,}, V={first['V']:,}, {SHORT[first['dtype']]}, "
         f"{entry(first, OURS)['backend']} rows, KL {first['kl']}. Forward and backward; the last three columns are a "
-        "rival's time over ours, the fastest library named; `of its GEMMs` is the time of the bare GEMM passes, from the "
-        "same rounds, over ours.",
+        "rival's time over ours, the fastest library named; `of its GEMMs` is the time of the bare GEMM passes over "
+        "ours, in the same rounds.",
         "",
         "| | ms (min–max) | of its GEMMs | MiB (eager) | gradient error (eager) | eager | torch.compile | library |",
         "|---|---|---|---|---|---|---|---|",
