@@ -191,8 +191,13 @@ def test_ctrl_c_starts_no_further_run(tmp_path, monkeypatch):
 
     monkeypatch.setattr(study, "launch", launch)
     variants = {"tiny": {"branches": {"text": {"task": "arithmetic"}}}}
-    with pytest.raises(KeyboardInterrupt):
-        study.run(study.Study(output_dir=str(tmp_path), jobs=1, variants=variants))
+    # a shell starts background jobs with SIGINT ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            study.run(study.Study(output_dir=str(tmp_path), jobs=1, variants=variants))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert calls == ["independent-seed0", "copd-seed0"]
 
 

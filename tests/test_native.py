@@ -156,7 +156,13 @@ def test_what_is_wrong_with_a_build_is_said(tmp_path, module, reason):
     shutil.copytree(ROOT / "copd_kernels", tmp_path / "copd_kernels", ignore=shutil.ignore_patterns("*.so"))
     if module:
         (tmp_path / "copd_kernels" / module).write_text("raise ImportError('undefined symbol')")
-    script = "import torch, copd_kernels.rows as r; print(r.missing('native', torch.device('cpu')))"
+    # an editable install would find the repository's own library
+    script = """
+import sys
+sys.meta_path = [finder for finder in sys.meta_path if "Editable" not in getattr(finder, "__name__", "")]
+import torch, copd_kernels.rows as r
+print(r.missing("native", torch.device("cpu")))
+"""
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert reason in done.stdout
     assert "pip install -e ." in done.stdout
