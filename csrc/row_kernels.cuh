@@ -47,7 +47,7 @@ template <class S, class Out> struct Work {
     const S* weight;  // (T, R)
     S* value;         // (T, R)
     Out* dlogits;     // (R, V)
-    bool aligned;     // rows start at multiples of 16 bytes
+    bool aligned;     // rows start at multiples of 16 bytes, of dlogits too
 
     const int64_t* tokens;  // (R,), of logprob
     S* results[3];

@@ -106,7 +106,7 @@ template <class S, class Out> Work<S, Out> work_on(const Logits& logits, const G
     work.z = (const S*)logits.z, work.R = logits.R, work.V = logits.V;
     work.cap = S(gradient.cap), work.dlogits = (Out*)gradient.dlogits;
     work.aligned = logits.V * sizeof(S) % 16 == 0 && (uintptr_t)logits.z % 16 == 0
-        && logits.V * sizeof(Out) % 8 == 0 && (uintptr_t)gradient.dlogits % 16 == 0;
+        && logits.V * sizeof(Out) % 16 == 0 && (uintptr_t)gradient.dlogits % 16 == 0;
     return work;
 }
 

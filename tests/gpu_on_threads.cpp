@@ -43,7 +43,7 @@ template <class S, class Out>
 Work<S, Out> work_on(const void* z, long R, long V, double cap, void* dlogits) {
     Work<S, Out> work{};
     work.z = (const S*)z, work.R = R, work.V = V, work.cap = S(cap), work.dlogits = (Out*)dlogits;
-    work.aligned = V * sizeof(S) % 16 == 0 && V * sizeof(Out) % 8 == 0;
+    work.aligned = V * sizeof(S) % 16 == 0 && V * sizeof(Out) % 16 == 0;
     return work;
 }
 

@@ -69,8 +69,9 @@ def test_the_cpu_rows_are_clean_under_sanitizers(tmp_path):
     run_kernel_tests(tmp_path, select, preload)
 
 
-# one segment a block; a ring that turns; fp32 that a bulk copy cannot read; a real vocabulary
-WIDTHS = {"small": 8192, "uneven": 20_004, "misaligned": 20_011, "real": 151_936}
+# 16-bit rows at odd multiples of 8 bytes; one segment a block; a ring that turns; fp32 that a bulk copy cannot read;
+# a real vocabulary
+WIDTHS = {"half-aligned": 4100, "small": 8192, "uneven": 20_008, "misaligned": 20_011, "real": 151_936}
 
 
 @pytest.mark.gpu
