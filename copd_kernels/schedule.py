@@ -5,8 +5,9 @@
     dhidden[chunk] = dlogits @ lm_head          (R, D), one GEMM pass
     dlm_head      += dlogits.T @ hidden[chunk]  (V, D), one GEMM pass
 
-What exists at any time is one chunk: its height R follows from `workspace_bytes`, never from N. The vocabulary is not
-split, because a row's normaliser must be known before its gradient, and a second sweep would cost a GEMM pass a head.
+What exists at any time is one chunk: its height R follows from `workspace_bytes` and the device, never from N. The
+vocabulary is not split, because a row's normaliser must be known before its gradient, and a second sweep would cost a
+GEMM pass a head.
 
 Logits, dhidden, dlm_head and all sums are kept in fp32 (fp64 if any input is fp64). The operands of the GEMMs stay in
 the model's dtype on CUDA, where cuBLAS multiplies 16-bit operands into fp32; elsewhere they are widened a few
@@ -23,6 +24,8 @@ from torch import Tensor
 
 MIB = 1 << 20
 WORKSPACE_BYTES = {"cpu": 128 * MIB, "cuda": 3072 * MIB}
+# a CPU's GEMMs gain nothing from more tokens, and the first touch of fresh memory costs as much as a sweep of the rows
+CHUNK_TOKENS = {"cpu": 512}
 # widened rows of lm_head: enough to keep the GEMM efficient, little beside the workspace
 TILE_BYTES = 8 * MIB
 # 16-bit dlogits are made from weights of at most one, times this: fp16 then resolves 2**-32 and saturates at 255
@@ -169,7 +172,7 @@ class Workspace:
         row_bytes = V * (heads * dtype.itemsize + separate)
         budget = workspace_bytes or WORKSPACE_BYTES.get(device.type, WORKSPACE_BYTES["cpu"])
         self.heads, self.V = heads, V
-        self.chunks = chunks(N, budget // row_bytes)
+        self.chunks = chunks(N, min(budget // row_bytes, CHUNK_TOKENS.get(device.type, N)))
         R = max((c.stop - c.start for c in self.chunks), default=0)
         self.z = torch.empty(heads * R * V, dtype=dtype, device=device)
         self.separate = torch.empty(R * V, dtype=dlogits_dtype, device=device) if dlogits_dtype else None
