@@ -39,7 +39,7 @@ def agreement_op(
     for chunk in space.chunks:
         z = space.logits(chunk.stop - chunk.start)
         for head, out in zip(heads, z, strict=True):
-            head.project(head.read(chunk, None), out)
+            head.project(head.read(chunk, None), out, rows)
         outputs[0][:, chunk] = rows.overlap(z, 0, teachers, k)
         outputs[1][:, chunk] = rows.kl(z, 0, teachers, "forward", 0.5)
         outputs[2][:, chunk] = rows.kl(z, 0, teachers, "reverse", 0.5)

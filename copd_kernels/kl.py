@@ -86,10 +86,10 @@ def kl_op(
             w = weight[:, chunk]  # (T, R)
             z = space.logits(w.shape[1])
             mine = student.read(chunk, (w != 0).any(0))
-            student.project(mine, z[0])
+            student.project(mine, z[0], rows)
             for j, teacher in enumerate(segment.teachers):
                 # a routed teacher holds its own tokens only, so there the chunk is counted among those
-                teacher.project(teacher.read(part, w[j] != 0), z[j + 1])
+                teacher.project(teacher.read(part, w[j] != 0), z[j + 1], rows)
             pairs = (z, 0, list(range(1, heads)), divergence, beta)
             if gradients is None:
                 value = rows.kl(*pairs)

@@ -41,7 +41,7 @@ def logprob_op(
     for chunk in space.chunks:
         keep = tokens[chunk] != ignore_index
         z = space.logits(keep.shape[0])
-        head.project(head.read(chunk, keep), z[0])
+        head.project(head.read(chunk, keep), z[0], rows)
         results = rows.logprob(z, torch.where(keep, tokens[chunk], 0))
         for output, result in zip(outputs, results, strict=True):
             output[chunk] = torch.where(keep, result, 0)
@@ -73,7 +73,7 @@ def logprob_backward(
         keep = tokens[chunk] != ignore_index
         z, dlogits = space.logits(keep.shape[0]), space.dlogits(keep.shape[0])
         mine = head.read(chunk, keep)
-        head.project(mine, z[0])
+        head.project(mine, z[0], rows)
         g = upstream[:, chunk] * gradients.factor
         rows.logprob_grad(z, torch.where(keep, tokens[chunk], 0), *g.unbind(), head.cap, dlogits)
         gradients.add(dlogits, mine, chunk)

@@ -81,7 +81,7 @@ def mutual_op(
         z = space.logits(u.shape[0])
         inputs = [head.read(chunk, u != 0) for head in heads]
         for head, mine, out in zip(heads, inputs, z, strict=True):
-            head.project(mine, out)
+            head.project(mine, out, rows)
         for student, its_edges in lessons.items():
             call = (z, student, [pairs[e][1] for e in its_edges], divergence, beta)
             if student in gradients:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -57,14 +58,14 @@ class Projection:
         hidden = self.hidden[rows].to(self.operand)
         return hidden if keep is None else torch.where(keep.unsqueeze(1), hidden, 0)
 
-    def project(self, hidden: Tensor, out: Tensor) -> None:
-        """out (R, V) = z."""
+    def project(self, hidden: Tensor, out: Tensor, rows: ModuleType) -> None:
+        """out (R, V) = z, its softcap by the backend `rows`."""
         for v, weight in self.tiles():
             addmm(out[:, v], hidden, weight.T, alpha=self.alpha)
         if self.bias is not None:
             out.add_(self.bias, alpha=self.alpha)
         if self.cap is not None:
-            out.div_(self.cap).tanh_().mul_(self.cap)
+            rows.softcap(out, self.cap)
 
     def tiles(self) -> Iterator[tuple[slice, Tensor]]:
         """lm_head in the operands' dtype: as it is, or widened a few rows at a time."""

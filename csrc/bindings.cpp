@@ -26,6 +26,7 @@ namespace avx512 { extern const CpuRows rows; }
 namespace cuda {
 void kl(const KlArguments&, uintptr_t stream);
 void logprob(const LogProbArguments&, uintptr_t stream);
+void softcap(const SoftcapArguments&, uintptr_t stream);
 }
 #endif
 
@@ -105,10 +106,12 @@ void call(bool on_cuda, uintptr_t place, const Arguments& args, void (*CpuRows::
 #ifdef COPD_CUDA
 constexpr auto kl_kernel = cuda::kl;
 constexpr auto logprob_kernel = cuda::logprob;
+constexpr auto softcap_kernel = cuda::softcap;
 constexpr bool HAS_CUDA = true;
 #else
 constexpr void (*kl_kernel)(const KlArguments&, uintptr_t) = nullptr;
 constexpr void (*logprob_kernel)(const LogProbArguments&, uintptr_t) = nullptr;
+constexpr void (*softcap_kernel)(const SoftcapArguments&, uintptr_t) = nullptr;
 constexpr bool HAS_CUDA = false;
 #endif
 
@@ -157,6 +160,12 @@ void overlap(uintptr_t z, const std::string& type, int heads, int64_t R, int64_t
     cpu().second->overlap(args, threads);
 }
 
+void softcap(uintptr_t z, const std::string& type, int64_t R, int64_t V, double cap, bool on_cuda, uintptr_t place) {
+    require(cap > 0, "cap must be positive");
+    SoftcapArguments args{logits_of(z, type, 1, R, V), cap};
+    call(on_cuda, place, args, &CpuRows::softcap, softcap_kernel);
+}
+
 }  // namespace
 }  // namespace copd
 
@@ -166,4 +175,5 @@ PYBIND11_MODULE(_C, m) {
     m.def("kl", &copd::kl);
     m.def("logprob", &copd::logprob);
     m.def("overlap", &copd::overlap);
+    m.def("softcap", &copd::softcap);
 }

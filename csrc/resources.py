@@ -70,7 +70,8 @@ def usage(path: Path) -> dict[tuple[str, str, str, str], dict[str, tuple[int, in
 def key(name: str, arguments: str) -> tuple[str, str, str, str]:
     divergence = re.search(r"Divergence\)(\d)", arguments)
     types = [TYPES[t.strip()] for t in arguments.split(",") if t.strip() in TYPES]
-    return name, DIVERGENCES[int(divergence[1])] if divergence else "", types[0] if types[1:] else "fp32", types[-1]
+    logits = "fp32" if name.endswith("cluster") else types[0]
+    return name, DIVERGENCES[int(divergence[1])] if divergence else "", logits, types[-1]
 
 
 def markdown(table: dict[tuple[str, str, str, str], dict[str, tuple[int, int]]], cuda: str) -> str:

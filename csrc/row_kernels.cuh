@@ -416,5 +416,12 @@ __device__ void logprob_rows(Rows& rows, const Work<S, Out>& work, Scratch<S>& s
     rows.finish();
 }
 
+// Neighbouring threads take neighbouring logits, whatever the alignment.
+template <class S> __device__ void softcap_values(S* z, int64_t count, S cap) {
+    int64_t step = (int64_t)gridDim.x * THREADS;
+#pragma unroll 4
+    for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < count; i += step) z[i] = soft_capped(z[i], cap);
+}
+
 }  // namespace
 }  // namespace copd::cuda

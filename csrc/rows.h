@@ -195,6 +195,16 @@ template <class S> COPD_FN S settle(const JsdSums<S>& sums, S beta, Pair<S>& pai
     return beta * sums.to_teacher + (1 - beta) * sums.to_student;
 }
 
+// --- softcap --------------------------------------------------------------------------------------
+
+// cap tanh(z / cap), as precise near 0 as z is
+template <class F, class S> COPD_FN F soft_capped(F z, S cap) {
+    F x = z / cap;
+    F less = expm1_(2 * (x < 0 ? x : -x));
+    F t = cap * (less / (2 + less));  // -cap tanh |x|
+    return x > 0 ? -t : t;
+}
+
 // --- gradients ------------------------------------------------------------------------------------
 
 // Per-row numbers that turn logits into the student's gradient, summed over its teachers j.

@@ -277,6 +277,22 @@ template <class S> void overlap_of(const OverlapArguments& args, int threads) {
     }
 }
 
+// --- softcap --------------------------------------------------------------------------------------
+
+template <class S> void softcap_of(const SoftcapArguments& args, int threads) {
+    const auto [z, type, heads, R, V] = args.logits;
+    const S cap = S(args.cap);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t r = 0; r < R; ++r) {
+        S* row = (S*)z + r * V;
+        for (int64_t col = 0; col < V; col += N * WIDTH<S>) {
+            auto tile = load(row, col, V, S(0));
+            for (auto& x : tile.x) x = soft_capped(x, cap);
+            store(row, col, V, tile);
+        }
+    }
+}
+
 // --- what bindings.cpp sees -----------------------------------------------------------------------
 
 void kl(const KlArguments& args, int threads) {
@@ -291,9 +307,13 @@ void overlap(const OverlapArguments& args, int threads) {
     args.logits.type == Type::float64 ? overlap_of<double>(args, threads) : overlap_of<float>(args, threads);
 }
 
+void softcap(const SoftcapArguments& args, int threads) {
+    args.logits.type == Type::float64 ? softcap_of<double>(args, threads) : softcap_of<float>(args, threads);
+}
+
 }  // namespace
 
 extern const CpuRows rows;
-const CpuRows rows{kl, logprob, overlap};
+const CpuRows rows{kl, logprob, overlap, softcap};
 
 }  // namespace copd::COPD_ISA

@@ -53,6 +53,10 @@ __global__ void __launch_bounds__(THREADS, 1)
 #endif
 }
 
+template <class S> __global__ void __launch_bounds__(THREADS) softcap_from_memory(S* z, int64_t count, S cap) {
+    softcap_values(z, count, cap);
+}
+
 // --- launching ------------------------------------------------------------------------------------
 
 void check(cudaError_t error, const char* what) {
@@ -139,6 +143,14 @@ template <class S, class Out> void run_logprob(const LogProbArguments& args, uin
     launch_blocks(logprob_from_memory<S, Out>, work, stream);
 }
 
+template <class S> void run_softcap(const SoftcapArguments& args, uintptr_t stream) {
+    int64_t count = args.logits.R * args.logits.V, blocks = (count + 4 * THREADS - 1) / (4 * THREADS);
+    blocks = std::min<int64_t>(blocks, 16 * attribute(cudaDevAttrMultiProcessorCount));
+    softcap_from_memory<S><<<unsigned(blocks), THREADS, 0, (cudaStream_t)stream>>>((S*)args.logits.z, count,
+                                                                                  S(args.cap));
+    check(cudaGetLastError(), "launch");
+}
+
 // Calls f with the type of dlogits.
 template <class S, class F> void with_output(Type type, F f) {
     if constexpr (sizeof(S) == 4) {
@@ -169,6 +181,10 @@ void kl(const KlArguments& args, uintptr_t stream) {
 void logprob(const LogProbArguments& args, uintptr_t stream) {
     if (args.logits.type == Type::float64) return run_logprob<double, double>(args, stream);
     with_output<float>(args.gradient.type, [&](auto out) { run_logprob<float, decltype(out)>(args, stream); });
+}
+
+void softcap(const SoftcapArguments& args, uintptr_t stream) {
+    args.logits.type == Type::float64 ? run_softcap<double>(args, stream) : run_softcap<float>(args, stream);
 }
 
 }  // namespace copd::cuda

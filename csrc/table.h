@@ -51,10 +51,17 @@ struct OverlapArguments {
     void* value;  // (T, R)
 };
 
+// Logits that become cap tanh(z / cap) where they are.
+struct SoftcapArguments {
+    Logits logits;
+    double cap;
+};
+
 struct CpuRows {
     void (*kl)(const KlArguments&, int threads);
     void (*logprob)(const LogProbArguments&, int threads);
     void (*overlap)(const OverlapArguments&, int threads);
+    void (*softcap)(const SoftcapArguments&, int threads);
 };
 
 }  // namespace copd

@@ -102,6 +102,9 @@ void logprob_float(const void* z, long R, long V, const int64_t* tokens, void* c
                    void* dlogits, int type, int clusters, long shared) {
     logprob_as<float>(z, R, V, tokens, numbers, cap, dlogits, type, clusters, shared);
 }
+void softcap_float(float* z, long count, float cap) {
+    emulated::launch(3, 1, THREADS, 0, [&](char*) { softcap_values(z, count, cap); });
+}
 void logprob_double(const void* z, long R, long V, const int64_t* tokens, void* const* numbers, double cap,
                     void* dlogits, int type, int clusters, long shared) {
     logprob_as<double>(z, R, V, tokens, numbers, cap, dlogits, type, clusters, shared);

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from kernel_cases import RUNS
 
 from copd_kernels import Head, logprob
 from copd_kernels.reference import logits
-
-transformers = pytest.importorskip("transformers")
+from copd_kernels.rows import load
 
 SMALL = {
     "vocab_size": 96,
@@ -20,8 +20,25 @@ SMALL = {
 }
 
 
+@pytest.fixture
+def transformers():
+    return pytest.importorskip("transformers")
+
+
+@pytest.mark.parametrize(("backend", "device"), RUNS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_softcap_is_precise_from_tiny_logits_to_infinite_ones(dtype, backend, device):
+    extremes = [0.0, 1e4, -1e4, torch.inf, -torch.inf, torch.nan, 1e-30]
+    z = torch.cat([torch.logspace(-6, 3, 3507, dtype=dtype), -torch.logspace(-6, 3, 3507, dtype=dtype)])
+    z = torch.cat([z, torch.tensor(extremes, dtype=dtype)]).view(7, -1)  # rows of 1,003
+    want = 30 * torch.tanh(z.double() / 30)
+    got = z.to(device)
+    load(backend).softcap(got, 30.0)
+    torch.testing.assert_close(got.cpu().double(), want, rtol=8 * torch.finfo(dtype).eps, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("family", ["Qwen3", "Gemma2", "Cohere", "Granite", "Phi"])
-def test_reads_a_model_so_that_logits_are_the_models_own(family):
+def test_reads_a_model_so_that_logits_are_the_models_own(transformers, family):
     special = {"Granite": {"logits_scaling": 4.0}, "Gemma2": {"final_logit_softcapping": 3.0}}.get(family, {})
     config = getattr(transformers, f"{family}Config")(**SMALL, **special)
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
@@ -32,7 +49,7 @@ def test_reads_a_model_so_that_logits_are_the_models_own(family):
     torch.testing.assert_close(logits(Head.of(model, hidden)), want, rtol=1e-4, atol=1e-5)
 
 
-def test_reads_the_text_model_of_a_vision_language_model():
+def test_reads_the_text_model_of_a_vision_language_model(transformers):
     text = SMALL | {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}}
     vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}
     config = transformers.Qwen3VLConfig(text_config=text, vision_config=vision | {"deepstack_visual_indexes": [0]})
@@ -42,7 +59,7 @@ def test_reads_the_text_model_of_a_vision_language_model():
     assert head.V == 96
 
 
-def test_tied_embeddings_receive_the_heads_gradient():
+def test_tied_embeddings_receive_the_heads_gradient(transformers):
     model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SMALL, tie_word_embeddings=True))
     hidden = torch.randn(3, 32)
     logprob(Head.of(model, hidden), torch.tensor([1, 2, 3])).logp.sum().backward()

@@ -128,6 +128,13 @@ def test_logprob_rows_match_the_torch_rows(gpu, reader):
     assert relative(g, wanted) < 1e-5
 
 
+def test_a_softcap_reaches_every_logit(gpu):
+    z = 20 * torch.randn(1003)
+    want = 30 * torch.tanh(z.double() / 30)
+    gpu.softcap_float(address(z), ctypes.c_long(z.numel()), ctypes.c_float(30.0))
+    torch.testing.assert_close(z.double(), want, rtol=1e-6, atol=0)
+
+
 def test_rows_of_real_vocabularies_fit_a_cluster(gpu):
     """In an H200's 227 KiB of shared memory a block, less 6 KiB of the kernel's own, by segments of 512 threads."""
 

@@ -1,9 +1,10 @@
 """What happens to a chunk of logits between the GEMMs: the only backend-specific code.
 
-A backend is a module with four functions: `torch` runs anywhere, `triton` on GPUs, `native` is compiled from csrc/ for
+A backend is a module with five functions: `torch` runs anywhere, `triton` on GPUs, `native` is compiled from csrc/ for
 CPUs and GPUs. z is (H, R, V) fp32 or fp64: the chunk's finished logits of every head (temperature, bias and softcap
 applied), contiguous. Per-token results are (R,) or (T, R) in z's dtype.
 
+    softcap(z, cap) -> None, one head's unfinished (R, V) becoming cap * tanh(z / cap)
     logprob(z, tokens) -> logp, entropy, lse
     logprob_grad(z, tokens, dlogp, dentropy, dlse, cap, dlogits) -> None
     kl(z, student, teachers, divergence, beta, weight=None, cap=None, dlogits=None) -> (T, R)

@@ -41,8 +41,27 @@ def _fold(x, delta, cols, m, top, tail, offset, moment):
 @triton.jit
 def _expm1(x):
     """exp(x) - 1 for x <= 0, without cancellation near 0."""
-    series = x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6 * (1 + x / 7))))))
+    series = 1 + x / 7
+    if x.dtype == tl.float64:
+        series = 1 + x / 7 * (1 + x / 8 * (1 + x / 9 * (1 + x / 10 * (1 + x / 11 * (1 + x / 12 * (1 + x / 13))))))
+    series = x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6 * series)))))
     return tl.where(x > -0.25, series, tl.exp(x) - 1)
+
+
+@triton.jit
+def _softcap_kernel(
+    z_ptr,  # (count,)
+    cap_ptr,  # (1,)
+    count,
+    BLOCK: tl.constexpr,
+):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    cap = tl.load(cap_ptr)
+    x = tl.load(z_ptr + at, mask=inside, other=0.0) / cap
+    less = _expm1(-2 * tl.abs(x))
+    t = cap * (less / (2 + less))
+    tl.store(z_ptr + at, tl.where(x > 0, -t, t), mask=inside)
 
 
 @triton.jit

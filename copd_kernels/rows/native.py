@@ -80,6 +80,11 @@ def overlap(z: Tensor, student: int, teachers: list[int], k: int) -> Tensor:
     return value
 
 
+def softcap(z: Tensor, cap: float) -> None:
+    with torch.cuda.device_of(z):
+        _C.softcap(z.data_ptr(), name(z), *z.shape, cap, *place(z))
+
+
 def gradient(z: Tensor, cap: float | None, dlogits: Tensor | None) -> tuple[float, int, str]:
     if dlogits is None:
         return 0.0, 0, name(z)

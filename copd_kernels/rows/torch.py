@@ -173,6 +173,10 @@ def overlap(z: Tensor, student: int, teachers: list[int], k: int) -> Tensor:
     return value
 
 
+def softcap(z: Tensor, cap: float) -> None:
+    z.div_(cap).tanh_().mul_(cap)
+
+
 def top_k(logits: Tensor, k: int) -> Tensor:
     """(R, V) bool: the k largest; among equals at the boundary, the lowest ids."""
     least = logits.topk(k, dim=1).values[:, -1:]

@@ -18,6 +18,7 @@ from copd_kernels.rows.kernels import (
     _logprob_grad_kernel,
     _logprob_stats_kernel,
     _overlap_kernel,
+    _softcap_kernel,
 )
 from copd_kernels.rows.stats import Side, entropy, kl_from, kl_gradient, log_mix, logprob_at_top, merge
 
@@ -166,6 +167,12 @@ def overlap(z: Tensor, student: int, teachers: list[int], k: int) -> Tensor:
     shape = {"T": T, "TP": triton.next_power_of_2(T), "BITS": HEAD_BITS, "BLOCK": BLOCK}
     _overlap_kernel[(R,)](z, least, room, t_least, t_room, common, *place, **shape, num_warps=NUM_WARPS)
     return common.to(z.dtype) / k
+
+
+def softcap(z: Tensor, cap: float) -> None:
+    BLOCK = min(TILE, max(16, triton.next_power_of_2(z.numel())))
+    grid = (triton.cdiv(z.numel(), BLOCK),)
+    _softcap_kernel[grid](z, number(z, cap), z.numel(), BLOCK=BLOCK, num_warps=NUM_WARPS)
 
 
 def boundary(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
