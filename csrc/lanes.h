@@ -44,6 +44,11 @@ COPD_FN float exp_(float x) { return ::expf(x); }
 COPD_FN double exp_(double x) { return ::exp(x); }
 COPD_FN float expm1_(float x) { return ::expm1f(x); }
 COPD_FN double expm1_(double x) { return ::expm1(x); }
+// both exp(x) - 1 and exp(x), for x <= 0
+template <class F> COPD_FN F expm1_(F x, F& e) {
+    e = exp_(x);
+    return expm1_(x);
+}
 COPD_FN float log1p_(float x) { return ::log1pf(x); }
 COPD_FN double log1p_(double x) { return ::log1p(x); }
 COPD_FN bool any(bool x) { return x; }
@@ -140,16 +145,21 @@ template <class F> COPD_FN F exp_nonpositive(F x) {
 COPD_FN Floats exp_(Floats x) { return exp_nonpositive(x); }
 COPD_FN Doubles exp_(Doubles x) { return exp_nonpositive(x); }
 
-// exp(x) - 1 for x <= 0
-template <class F> COPD_FN F expm1_nonpositive(F x) {
+// exp(x) - 1 for x <= 0, and exp(x) for next to nothing
+template <class F> COPD_FN F expm1_nonpositive(F x, F& e) {
     Index<F> n;
     F p = reduced(x, n);
     Index<F> half = n >> 1;
     F scale = power_of_two<F>(half) * power_of_two<F>(n - half);
+    e = scale * (1 + p);
     return scale * p + (scale - 1);
 }
-COPD_FN Floats expm1_(Floats x) { return expm1_nonpositive(x); }
-COPD_FN Doubles expm1_(Doubles x) { return expm1_nonpositive(x); }
+COPD_FN Floats expm1_(Floats x, Floats& e) { return expm1_nonpositive(x, e); }
+COPD_FN Doubles expm1_(Doubles x, Doubles& e) { return expm1_nonpositive(x, e); }
+template <class F> COPD_FN F expm1_(F x) {
+    F e;
+    return expm1_(x, e);
+}
 
 // log(1 + y) for y > -1: 1 + y = 2**k (1 + f), and log(1 + f) = 2 atanh(f / (2 + f)) by its series
 template <class F> COPD_FN F log1p_above(F y) {

@@ -121,17 +121,20 @@ template <class S> COPD_FN S kl_from(const Side<S>& a, const Side<S>& b) {
     return a.cross == -INFINITE<S> ? INFINITE<S> : b.norm() - a.norm() + (b.max - a.cross) + a.mean();
 }
 
-// u = log(p / m), w = log(q / m) for r = log(p / q), m = beta q + (1 - beta) p; exact near 0, finite throughout
-template <class F> COPD_FN void log_mix(F r, Number<F> beta, F& u, F& w) {
+// u = log(p / m), w = log(q / m) for r = log(p / q), m = beta q + (1 - beta) p; exact near 0, finite throughout. Returns
+// the smaller of p and q over the larger.
+template <class F> COPD_FN F log_mix(F r, Number<F> beta, F& u, F& w) {
     constexpr auto FAR_ = FAR<Number<F>>;
     r = r > FAR_ ? F{} + FAR_ : r;
     r = r < -FAR_ ? F{} - FAR_ : r;
     r = r != r ? F{} : r;
     auto lower = r < 0;
     F near = lower ? r : -r;
-    F mix = log1p_((lower ? F{} + (1 - beta) : F{} + beta) * expm1_(near));
+    F ratio;
+    F mix = log1p_((lower ? F{} + (1 - beta) : F{} + beta) * expm1_(near, ratio));
     u = (lower ? r : F{}) - mix;
     w = (lower ? F{} : -r) - mix;
+    return ratio;
 }
 
 // Sums over a row that the JSD needs once the norms of both sides are known.
@@ -176,16 +179,21 @@ template <class F, class S> COPD_FN F log_ratio(F s, F t, const Pair<S>& pair) {
     return (s - pair.s.max) - (t - pair.t.max) - pair.gap;
 }
 
+// Adds a column; returns u less its value at the student's top token.
 template <class F, class S>
-COPD_FN void jsd_term(JsdSums<F>& sums, F s, F t, Index<F> col, const Pair<S>& pair, S beta) {
-    F u, w;
-    log_mix<F>(log_ratio(s, t, pair), beta, u, w);
-    F p = exp_(s - pair.s.max) * pair.s.p_top();
-    F q = exp_(t - pair.t.max) * pair.t.p_top();
+COPD_FN F jsd_term(JsdSums<F>& sums, F s, F t, Index<F> col, const Pair<S>& pair, S beta) {
+    F u, w, r = log_ratio(s, t, pair);
+    F ratio = log_mix<F>(r, beta, u, w);
+    auto lower = r < 0;
+    F most = exp_(lower ? t - pair.t.max : s - pair.s.max) * (lower ? F{} + pair.t.p_top() : F{} + pair.s.p_top());
+    F least = most * ratio;
+    F p = lower ? least : most, q = lower ? most : least;
     sums.to_teacher += q * w;
     sums.to_student += p * u;
-    F term = p * (u - pair.offset);
+    u -= pair.offset;
+    F term = p * u;
     sums.moment += col == pair.s.top ? F{} : term;
+    return u;
 }
 
 // Takes what the sums say; returns the divergence.

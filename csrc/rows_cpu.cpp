@@ -104,23 +104,33 @@ template <class S> Side<S> measure(const S* row, int64_t V) {
     return gathered<S>(side);
 }
 
-template <class S> JsdSums<S> jsd_sums(const S* student, const S* teacher, int64_t V, const Pair<S>& pair, S beta) {
+// `lesson`, if any, is what the teachers have asked of each column so far, and takes this one's part: making it again for
+// the gradient would cost more than a second sweep.
+template <class S>
+JsdSums<S> jsd_sums(const S* student, const S* teacher, int64_t V, const Pair<S>& pair, S beta, S* lesson) {
     JsdSums<Vector<S>> sums;
+    const S weight = (1 - beta) * pair.weight;
     for (int64_t col = 0; col < V; col += N * WIDTH<S>) {
         auto s = load(student, col, V, -INFINITE<S>), t = load(teacher, col, V, -INFINITE<S>);
+        Tile<S> u;
         for (int i = 0; i < N; ++i)
-            jsd_term(sums, s.x[i], t.x[i], columns<S>(col + i * WIDTH<S>), pair, beta);
+            u.x[i] = jsd_term(sums, s.x[i], t.x[i], columns<S>(col + i * WIDTH<S>), pair, beta);
+        if (!lesson) continue;
+        auto a = load(lesson, col, V, S(0));
+        for (int i = 0; i < N; ++i) a.x[i] += weight * u.x[i];
+        store(lesson, col, V, a);
     }
     return {gathered<S>(sums.to_teacher), gathered<S>(sums.to_student), gathered<S>(sums.moment)};
 }
 
 template <Divergence D, class S, class Out>
 void differentiate(const S* student, const S* const* teachers, int T, int64_t V, const Pair<S>* pairs,
-                   const RowGradient<S>& row, S beta, Out* out) {
+                   const RowGradient<S>& row, S beta, const S* lesson, Out* out) {
     for (int64_t col = 0; col < V; col += N * WIDTH<S>) {
         auto s = load(student, col, V, -INFINITE<S>);
         Tile<S> a{}, b{};
-        for (int j = 0; j < T; ++j) {
+        if constexpr (D == Divergence::jsd) a = load(lesson, col, V, S(0));
+        for (int j = 0; D != Divergence::jsd && j < T; ++j) {
             if (pairs[j].weight == 0) continue;
             auto t = load(teachers[j], col, V, -INFINITE<S>);
             for (int i = 0; i < N; ++i) teach<D>(s.x[i], t.x[i], pairs[j], beta, a.x[i], b.x[i]);
@@ -140,10 +150,12 @@ template <Divergence D, class S, class Out> void kl_rows(const KlArguments& args
     {
         std::unique_ptr<Pair<S>[]> pairs(new Pair<S>[args.T]);
         std::unique_ptr<const S*[]> teachers(new const S*[args.T]);
+        std::unique_ptr<S[]> lesson(D == Divergence::jsd && args.gradient.dlogits ? new S[V] : nullptr);
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < R; ++r) {
             auto row_of = [&](int head) { return (const S*)z + (head * R + r) * V; };
             const S* student = row_of(args.student);
+            if (lesson) std::fill_n(lesson.get(), V, S(0));
             for (int j = 0; j < args.T; ++j) {
                 teachers[j] = row_of(args.teachers[j]);
                 Pair<S>& pair = pairs[j];
@@ -151,13 +163,13 @@ template <Divergence D, class S, class Out> void kl_rows(const KlArguments& args
                 prepare(D, beta, pair);
                 pair.weight = args.weight ? ((const S*)args.weight)[j * R + r] : S(0);
                 ((S*)args.value)[j * R + r] = D == Divergence::jsd
-                    ? settle(jsd_sums(student, teachers[j], V, pair, beta), beta, pair)
+                    ? settle(jsd_sums(student, teachers[j], V, pair, beta, lesson.get()), beta, pair)
                     : value(D, pair);
             }
             if (!args.gradient.dlogits) continue;
             RowGradient<S> row(D, pairs.get(), args.T, S(args.gradient.cap));
             Out* out = (Out*)args.gradient.dlogits + r * V;
-            differentiate<D>(student, teachers.get(), args.T, V, pairs.get(), row, beta, out);
+            differentiate<D>(student, teachers.get(), args.T, V, pairs.get(), row, beta, lesson.get(), out);
         }
     }
 }
