@@ -88,7 +88,10 @@ def summary(row: Row) -> list[str]:
     libraries = [name for name in ratios if not name.startswith(OURS) and name not in (*PYTORCH, ROOF)]
     best = min(libraries, key=ratios.__getitem__, default=None)
     rivals = [form("{:.2f}×", ratios.get(name)) for name in ("eager", "torch.compile", best)]
-    rivals[-1] += f" {best}" if best else ""
+    if best:
+        error = entry(row, best)["gradient_error"]
+        # a rival that rounds first is not doing the same work
+        rivals[-1] += f" {best}" + (f" (error {error:.0e})" if error and error > 10 * mine["gradient_error"] else "")
     return [f"{ms(mine):,.0f} ({spread(mine)})", f"{share(row, mine):.0%}", *both, *rivals]
 
 
