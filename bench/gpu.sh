@@ -18,7 +18,7 @@ mkdir -p "$out"
 
 # stage NAME SECONDS COMMAND: at most so long, and 30 s are kept for the table
 stage() {
-    local name=$1 most=$2 start=$SECONDS left=$((limit - SECONDS - 30)) code
+    local name=$1 most=$2 start=$SECONDS left=$((limit - SECONDS - 30)) code said
     shift 2
     [[ -z ${STAGES-} || " $STAGES " == *" $name "* ]] || return
     ((most < left)) || most=$left
@@ -28,7 +28,9 @@ stage() {
     timeout -s INT -k 10 "$most" "$@" >>"$out/gpu.log" 2>&1
     code=$?
     ((code != 124 && code != 137)) || code="cut off"
-    echo "$name: $code, $((SECONDS - start)) s; $(tail -n 1 "$out/gpu.log" | cut -c1-100)"
+    # pytest's own last line, which libraries may print past
+    said=$(sed -n "/^== $name\$/,\$p" "$out/gpu.log" | grep -aE '^(=+ )?[0-9]+ .* in [0-9.]+s' | tail -n 1)
+    echo "$name: $code, $((SECONDS - start)) s; $(echo "${said:-$(tail -n 1 "$out/gpu.log")}" | cut -c1-100)"
 }
 bench() {
     local name=$1 most=$2

@@ -25,8 +25,9 @@ from torch import Tensor
 
 MIB = 1 << 20
 WORKSPACE_BYTES = {"cpu": 128 * MIB, "cuda": 3072 * MIB}
-# a CPU's GEMMs gain nothing from more tokens, and the first touch of fresh memory costs as much as a sweep of the rows
-CHUNK_TOKENS = {"cpu": 512}
+# on a CPU the first touch of fresh memory costs as much as the rows' work on it, and its GEMMs gain nothing from more
+# tokens than these: above so many bytes a chunk is no taller
+ENOUGH_BYTES, ENOUGH_TOKENS = 32 * MIB, 512
 # widened rows of lm_head: enough to keep the GEMM efficient, little beside the workspace
 TILE_BYTES = 8 * MIB
 # 16-bit dlogits are made from weights of at most one, times this: fp16 then resolves 2**-32 and saturates at 255
@@ -173,7 +174,10 @@ class Workspace:
         row_bytes = V * (heads * dtype.itemsize + separate)
         budget = workspace_bytes or WORKSPACE_BYTES.get(device.type, WORKSPACE_BYTES["cpu"])
         self.heads, self.V = heads, V
-        self.chunks = chunks(N, min(budget // row_bytes, CHUNK_TOKENS.get(device.type, N)))
+        most = budget // row_bytes
+        if device.type == "cpu":
+            most = min(most, max(ENOUGH_TOKENS, ENOUGH_BYTES // row_bytes))
+        self.chunks = chunks(N, most)
         R = max((c.stop - c.start for c in self.chunks), default=0)
         self.z = torch.empty(heads * R * V, dtype=dtype, device=device)
         self.separate = torch.empty(R * V, dtype=dlogits_dtype, device=device) if dlogits_dtype else None
