@@ -1,4 +1,4 @@
-"""logprob: forward and backward, forward alone, a frozen head, a soft-capped one."""
+"""logprob: forward and backward, with its logits kept for backward, forward alone, a frozen head, a soft-capped one."""
 
 from bench.rivals import COMPILED, FEW, LOGPROB
 from copd_kernels.rows import BACKENDS
@@ -6,6 +6,10 @@ from copd_kernels.rows import BACKENDS
 
 def bench_logprob(contest):
     contest("logprob", LOGPROB | COMPILED, backends=BACKENDS)
+
+
+def bench_kept_logits(contest):
+    contest("logprob", LOGPROB | COMPILED, recompute=False)
 
 
 def bench_other_dtype(contest, scale):

@@ -60,6 +60,7 @@ class Case:
     divergence: str = "reverse"
     backward: bool = True
     frozen: bool = False
+    recompute: bool = True  # logprob's logits in backward
     kl: float = 0.01
 
     @property

@@ -35,7 +35,7 @@ def sweeps(case: Case) -> list[Sweep]:
     """What copd_kernels spends. `logprob` must know each token's upstream gradient, so its backward sweeps again."""
     back, head = int(case.backward), int(case.backward and not case.frozen)
     if case.op == "logprob":
-        return [Sweep(1)] + [Sweep(1, back, head)] * back
+        return [Sweep(1)] + [Sweep(int(case.recompute), back, head)] * back
     if case.op == "mutual_kl":
         K = case.T + 1
         return [Sweep(K, K * back, K * head)]
@@ -70,7 +70,7 @@ def roof(inputs: Inputs) -> Callable[[], None]:
     segments = case.T if case.op == "routed_kl" else 1
 
     def prepare(sweep: Sweep) -> tuple[Sweep, schedule.Workspace, list[Tensor]]:
-        apart = sweep.dhidden and (operand != out_dtype or case.op == "mutual_kl")
+        apart = sweep.dhidden and (operand != out_dtype or case.op == "mutual_kl" or not sweep.project)
         space = schedule.Workspace(case.N // segments, sweep.project, case.V, like, 0, operand if apart else None)
         if apart:
             # zeros would cost a GPU less power and time than gradients do
@@ -83,8 +83,7 @@ def roof(inputs: Inputs) -> Callable[[], None]:
     def run() -> None:
         for sweep, space, dlm_heads in plan:
             for segment, chunk in itertools.product(range(segments), space.chunks):
-                R = chunk.stop - chunk.start
-                z, dlogits = space.logits(R), space.dlogits(R)
+                z, dlogits = space.logits(chunk), space.dlogits(chunk)
                 for k in range(sweep.project):
                     schedule.addmm(z[k], hidden[chunk], lm_heads[k].T)
                 for k in range(sweep.dhidden):

@@ -37,7 +37,7 @@ def agreement_op(
     outputs = [hidden[0].new_empty(len(teachers), N, dtype=dtype) for _ in range(3)]
     space = Workspace(N, len(heads), heads[0].V, outputs[0], workspace_bytes)
     for chunk in space.chunks:
-        z = space.logits(chunk.stop - chunk.start)
+        z = space.logits(chunk)
         for head, out in zip(heads, z, strict=True):
             head.project(head.read(chunk, None), out, rows)
         outputs[0][:, chunk] = rows.overlap(z, 0, teachers, k)

@@ -1,6 +1,6 @@
 """A head: hidden states and the matrix that reads them.
 
-Every op of this package takes heads, never logits. A head's logits, which no op ever holds in full, are
+Every op of this package takes heads, never logits. A head's logits, of which no op holds more than a workspace, are
 
     logits = scale * (hidden @ lm_head[:vocab_size].T + bias[:vocab_size])        (..., vocab_size)
     logits = softcap * tanh(logits / softcap)                                     if softcap is set

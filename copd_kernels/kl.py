@@ -84,7 +84,7 @@ def kl_op(
         for part in space.chunks:
             chunk = part if segment.tokens is None else segment.tokens[part]
             w = weight[:, chunk]  # (T, R)
-            z = space.logits(w.shape[1])
+            z = space.logits(part)
             mine = student.read(chunk, (w != 0).any(0))
             student.project(mine, z[0], rows)
             for j, teacher in enumerate(segment.teachers):
@@ -94,7 +94,7 @@ def kl_op(
             if gradients is None:
                 value = rows.kl(*pairs)
             else:
-                dlogits = space.dlogits(w.shape[1])
+                dlogits = space.dlogits(part)
                 value = rows.kl(*pairs, w * gradients.factor, student.cap, dlogits)
                 gradients.add(dlogits, mine, chunk)
             d[chunk] = torch.where(w == 0, 0, w * value).sum(0)

@@ -1,7 +1,8 @@
 """Log-probability of the sampled token, entropy and logsumexp, from hidden states.
 
 Forward is one sweep over chunks of tokens and one GEMM pass; backward sweeps again, with each token's upstream
-gradients at hand: one pass for the logits, one each for dhidden and dlm_head. (N, V) logits never exist.
+gradients at hand: one pass for the logits, one each for dhidden and dlm_head. (N, V) logits never exist, unless the
+caller asks that they be kept for backward and all of them fit one workspace: then their second pass is saved.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from torch import Tensor
 
 from copd_kernels import reference
 from copd_kernels.checks import check_integers, check_temperature, check_values, check_workspace
-from copd_kernels.flatten import Flat, fake_gradients, flatten, logits_dtype, projections, scale
+from copd_kernels.flatten import Flat, fake_gradients, flatten, logits_dtype, projections, scale, wanted
 from copd_kernels.head import Head
 from copd_kernels.results import LogProb
 from copd_kernels.rows import load, resolve
-from copd_kernels.schedule import Gradients, Projection, Workspace
+from copd_kernels.schedule import Gradients, Projection, Workspace, budget
 
 
 @torch.library.custom_op("copd::logprob", mutates_args=())
@@ -32,20 +33,29 @@ def logprob_op(
     ignore_index: int,
     backend: str,
     workspace_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(logp, entropy, lse), (N,) each; `numbers` is the head's scale and softcap."""
+    recompute: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(logp, entropy, lse), (N,) each, then what is kept for backward; `numbers` is the head's scale and softcap."""
     head = single(hidden, lm_head, bias, numbers, vocab_size, temperature)
     rows = load(backend)
     outputs = [hidden.new_empty(hidden.shape[0], dtype=logits_dtype([hidden])) for _ in range(3)]
-    space = Workspace(hidden.shape[0], 1, head.V, outputs[0], workspace_bytes)
+    kept = empty_logits(hidden, head.V, workspace_bytes, recompute)
+    space = Workspace(hidden.shape[0], 1, head.V, kept, workspace_bytes, kept=kept)
     for chunk in space.chunks:
         keep = tokens[chunk] != ignore_index
-        z = space.logits(keep.shape[0])
+        z = space.logits(chunk)
         head.project(head.read(chunk, keep), z[0], rows)
         results = rows.logprob(z, torch.where(keep, tokens[chunk], 0))
         for output, result in zip(outputs, results, strict=True):
             output[chunk] = torch.where(keep, result, 0)
-    return tuple(outputs)
+    return *outputs, kept
+
+
+def empty_logits(hidden: Tensor, V: int, workspace_bytes: int, recompute: bool) -> Tensor:
+    """(N, V) for the logits to keep, if they fit and are not to be made again; else (0, V)."""
+    N, dtype = hidden.shape[0], logits_dtype([hidden])
+    fit = not recompute and N * V * dtype.itemsize <= budget(workspace_bytes, hidden.device)
+    return hidden.new_empty(N if fit else 0, V, dtype=dtype)
 
 
 @torch.library.custom_op("copd::logprob_backward", mutates_args=())
@@ -60,6 +70,7 @@ def logprob_backward(
     ignore_index: int,
     backend: str,
     workspace_bytes: int,
+    kept: Tensor,
     upstream: Tensor,
     want: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -68,12 +79,15 @@ def logprob_backward(
     rows = load(backend)
     upstream = torch.where(tokens != ignore_index, upstream, 0)
     gradients = Gradients(head, lm_head.shape[0], want, upstream)
-    space = Workspace(hidden.shape[0], 1, head.V, upstream, workspace_bytes, gradients.dlogits_dtype)
+    # kept logits are not overwritten: a second backward reads them again
+    own = gradients.dlogits_dtype or (kept.dtype if kept.numel() else None)
+    space = Workspace(hidden.shape[0], 1, head.V, upstream, workspace_bytes, own, kept)
     for chunk in space.chunks:
         keep = tokens[chunk] != ignore_index
-        z, dlogits = space.logits(keep.shape[0]), space.dlogits(keep.shape[0])
+        z, dlogits = space.logits(chunk), space.dlogits(chunk)
         mine = head.read(chunk, keep)
-        head.project(mine, z[0], rows)
+        if not kept.numel():
+            head.project(mine, z[0], rows)
         g = upstream[:, chunk] * gradients.factor
         rows.logprob_grad(z, torch.where(keep, tokens[chunk], 0), *g.unbind(), head.cap, dlogits)
         gradients.add(dlogits, mine, chunk)
@@ -93,8 +107,9 @@ def single(
 
 
 @logprob_op.register_fake
-def _(hidden, *_: Any):
-    return tuple(hidden.new_empty(hidden.shape[:1], dtype=logits_dtype([hidden])) for _ in range(3))
+def _(hidden, lm_head, bias, tokens, numbers, V, temperature, ignore_index, backend, workspace_bytes, recompute):
+    per_token = [hidden.new_empty(hidden.shape[:1], dtype=logits_dtype([hidden])) for _ in range(3)]
+    return *per_token, empty_logits(hidden, V, workspace_bytes, recompute)
 
 
 @logprob_backward.register_fake
@@ -104,16 +119,23 @@ def _(hidden, lm_head, bias, *rest: Any):
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:4])
-    ctx.rest = inputs[4:]
+    *_, kept = output
+    # or a (N, V) of zeros would be made for it
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(kept)
+    ctx.save_for_backward(*inputs[:4], kept)
+    *ctx.rest, _ = inputs[4:]
 
 
 def _backward(ctx: Any, *upstream: Tensor) -> tuple:
     needs = list(ctx.needs_input_grad[:3])
-    *gradients, unit = logprob_backward(*ctx.saved_tensors, *ctx.rest, torch.stack(upstream), needs)
-    dtype = ctx.saved_tensors[0].dtype
-    done = [scale(g, unit, dtype) if need else None for g, need in zip(gradients, needs, strict=True)]
-    return *done, *[None] * 7
+    *saved, kept = ctx.saved_tensors
+    hidden, *_, tokens = saved
+    zero = kept.new_zeros(tokens.shape)
+    stacked = torch.stack([zero if u is None else u for u in upstream[:3]])
+    *gradients, unit = logprob_backward(*saved, *ctx.rest, kept, stacked, needs)
+    done = [scale(g, unit, hidden.dtype) if need else None for g, need in zip(gradients, needs, strict=True)]
+    return *done, *[None] * 8
 
 
 logprob_op.register_autograd(_backward, setup_context=_save)
@@ -127,6 +149,7 @@ def logprob(
     ignore_index: int = -100,
     backend: str | None = None,
     workspace_bytes: int | None = None,
+    recompute: bool = True,
 ) -> LogProb:
     """logp_n = z_n[tokens_n] - lse_n, entropy_n = -sum_v p_v log p_v, lse_n = log sum_v exp z_v, z = logits over T.
 
@@ -139,6 +162,7 @@ def logprob(
         ignore_index: the token id that marks a position as ignored.
         backend: "torch", "triton", "native" or "reference"; where omitted COPD_BACKEND, else the fastest available.
         workspace_bytes: most memory for a chunk's logits; a default for the device where omitted.
+        recompute: False keeps the logits until backward if all of them fit `workspace_bytes`, which saves a GEMM pass.
 
     Returns:
         (logp, entropy, lse), (...) each, fp32 (fp64 for fp64 inputs), in nats; all differentiable in the head's hidden,
@@ -158,7 +182,7 @@ def logprob(
     if name == "reference":
         return reference.logprob(head, tokens, temperature=temperature, ignore_index=ignore_index)
     hidden, lm_head, bias, scales, softcaps, sizes = (x[0] for x in flatten([head]))
-    outputs = logprob_op(
+    *outputs, _ = logprob_op(
         hidden,
         lm_head,
         bias,
@@ -169,5 +193,7 @@ def logprob(
         ignore_index,
         name,
         workspace_bytes or 0,
+        # nothing to keep for a backward that will not come
+        recompute or not any(wanted(head)),
     )
     return LogProb(*(x.view(shape) for x in outputs))

@@ -78,7 +78,7 @@ def mutual_op(
 
     for chunk in space.chunks:
         u = token_weight[chunk]
-        z = space.logits(u.shape[0])
+        z = space.logits(chunk)
         inputs = [head.read(chunk, u != 0) for head in heads]
         for head, mine, out in zip(heads, inputs, z, strict=True):
             head.project(mine, out, rows)
@@ -86,7 +86,7 @@ def mutual_op(
             call = (z, student, [pairs[e][1] for e in its_edges], divergence, beta)
             if student in gradients:
                 mine = gradients[student]
-                dlogits = space.dlogits(u.shape[0], mine.dlogits_dtype)
+                dlogits = space.dlogits(chunk, mine.dlogits_dtype)
                 factor = torch.stack([weight[e, chunk] for e in its_edges]) * mine.factor
                 value = rows.kl(*call, factor, heads[student].cap, dlogits)
                 mine.add(dlogits, inputs[student], chunk)

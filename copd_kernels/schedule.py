@@ -158,7 +158,10 @@ def power_of_two(weight: Tensor) -> Tensor:
 
 
 class Workspace:
-    """The one large buffer: a chunk's logits of H heads, and its dlogits where they cannot overwrite the student's."""
+    """The one large buffer: a chunk's logits of H heads, and its dlogits where they cannot overwrite the student's.
+
+    `kept`, one head's logits of all tokens (N, V), takes the place of the chunk's unless it is empty.
+    """
 
     def __init__(
         self,
@@ -168,28 +171,37 @@ class Workspace:
         like: Tensor,
         workspace_bytes: int,
         dlogits_dtype: torch.dtype | None = None,
+        kept: Tensor | None = None,
     ) -> None:
         dtype, device = like.dtype, like.device
         separate = dlogits_dtype.itemsize if dlogits_dtype else 0
         row_bytes = V * (heads * dtype.itemsize + separate)
-        budget = workspace_bytes or WORKSPACE_BYTES.get(device.type, WORKSPACE_BYTES["cpu"])
         self.heads, self.V = heads, V
-        most = budget // row_bytes
+        self.kept = kept if kept is not None and kept.numel() else None
+        most = budget(workspace_bytes, device) // row_bytes
         if device.type == "cpu":
             most = min(most, max(ENOUGH_TOKENS, ENOUGH_BYTES // row_bytes))
         self.chunks = chunks(N, most)
         R = max((c.stop - c.start for c in self.chunks), default=0)
-        self.z = torch.empty(heads * R * V, dtype=dtype, device=device)
+        self.z = torch.empty(heads * R * V if self.kept is None else 0, dtype=dtype, device=device)
         self.separate = torch.empty(R * V, dtype=dlogits_dtype, device=device) if dlogits_dtype else None
 
-    def logits(self, R: int) -> Tensor:
+    def logits(self, chunk: slice) -> Tensor:
         """(H, R, V)"""
+        if self.kept is not None:
+            return self.kept[chunk].unsqueeze(0)
+        R = chunk.stop - chunk.start
         return self.z[: self.heads * R * self.V].view(self.heads, R, self.V)
 
-    def dlogits(self, R: int, dtype: torch.dtype | None = None) -> Tensor:
+    def dlogits(self, chunk: slice, dtype: torch.dtype | None = None) -> Tensor:
         """(R, V): its own memory, or the first head's logits; read as `dtype`, where that is narrower."""
+        R = chunk.stop - chunk.start
         own = self.z if self.separate is None else self.separate
         return (own if dtype is None else own.view(dtype))[: R * self.V].view(R, self.V)
+
+
+def budget(workspace_bytes: int, device: torch.device) -> int:
+    return workspace_bytes or WORKSPACE_BYTES.get(device.type, WORKSPACE_BYTES["cpu"])
 
 
 def chunks(N: int, most: int) -> list[slice]:

@@ -19,6 +19,7 @@ CASES = {
     "routed_kl": {"op": "routed_kl", "T": 2},
     "mutual_kl": {"op": "mutual_kl", "T": 2},
     "logprob": {"op": "logprob"},
+    "logprob, logits kept": {"op": "logprob", "recompute": False},
     "logprob, forward": {"op": "logprob", "backward": False},
     "agreement": {"op": "agreement", "T": 2, "backward": False},
 }

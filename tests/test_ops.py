@@ -31,23 +31,15 @@ def test_opcheck_passes_for_kl(routed, per_token):
     torch.library.opcheck(kl_op, (*tensors, *rest))
 
 
-def test_opcheck_passes_for_logprob():
-    head = make(N, D, V)
-    inputs = (
-        head.hidden,
-        head.lm_head,
-        torch.empty(0),
-        torch.randint(0, V, (N,)),
-        [1.0, 0.0],
-        V,
-        1.0,
-        -100,
-        "torch",
-        0,
-    )
-    torch.library.opcheck(logprob_op, inputs)
-    detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in inputs]
-    torch.library.opcheck(logprob_backward, (*detached, torch.rand(3, N), [True, True, False]))
+@pytest.mark.parametrize("recompute", [True, False])
+def test_opcheck_passes_for_logprob(recompute):
+    head, tokens = make(N, D, V), torch.randint(0, V, (N,))
+    tensors, rest = (head.hidden, head.lm_head, torch.empty(0), tokens), ([1.0, 0.0], V, 1.0, -100, "torch", 0)
+    torch.library.opcheck(logprob_op, (*tensors, *rest, recompute))
+    tensors = [x.detach() for x in tensors]
+    kept = logprob_op(*tensors, *rest, recompute)[-1]
+    assert kept.shape == (0 if recompute else N, V)
+    torch.library.opcheck(logprob_backward, (*tensors, *rest, kept, torch.rand(3, N), [True, True, False]))
 
 
 def test_opcheck_passes_for_mutual_kl_agreement_and_scale():
@@ -64,7 +56,8 @@ def test_compiles_without_a_graph_break():
         head, teacher = Head(hidden, lm_head), Head(other, lm_head)
         together = mutual_kl([head, teacher]).loss + agreement(head, teacher, k=3).forward_kl.sum()
         per_token = kl(head, teacher, reduction="none", divergence="jsd")
-        return logprob(head, tokens).logp.sum() + kl(head, [teacher] * 2) + per_token.sum() + together
+        kept = logprob(head, tokens, recompute=False).entropy.sum()
+        return logprob(head, tokens).logp.sum() + kept + kl(head, [teacher] * 2) + per_token.sum() + together
 
     student, teacher, tokens = make(N, D, V), make(N, D, V), torch.randint(0, V, (N,))
     arguments = (student.hidden, student.lm_head, teacher.hidden, tokens)
@@ -107,6 +100,12 @@ def routed(T):
     return lambda: kl(student, teachers, teacher_index=index).backward()
 
 
+def kept_logits(workspace_bytes):
+    (head,) = leaves(0)
+    options = {"workspace_bytes": workspace_bytes, "recompute": False}
+    return lambda: logprob(head, torch.arange(256), **options).entropy.sum().backward()
+
+
 PASSES = {
     "kl, one teacher": (4, lambda: (lambda s, t: lambda: kl(s, t).backward())(*leaves(1))),
     "kl, four teachers": (7, lambda: (lambda s, *t: lambda: kl(s, t, divergence="jsd").backward())(*leaves(4))),
@@ -115,6 +114,8 @@ PASSES = {
     "kl, per token": (6, lambda: (lambda s, t: lambda: kl(s, t, reduction="none").sum().backward())(*leaves(1))),
     "kl, routed to four": (4, lambda: routed(4)),
     "logprob": (4, lambda: (lambda s: lambda: logprob(s, torch.arange(256)).logp.sum().backward())(*leaves(0))),
+    "logprob, logits kept": (3, lambda: kept_logits(256 * 1000 * 4)),
+    "logprob, logits that do not fit": (4, lambda: kept_logits(255 * 1000 * 4)),
     "mutual_kl, three heads": (9, lambda: (lambda *h: lambda: mutual_kl(h).loss.backward())(*leaves(2))),
     "agreement, two teachers": (3, lambda: (lambda s, *t: lambda: agreement(s, t))(*leaves(2))),
 }
@@ -140,6 +141,9 @@ run = {
     "kl": lambda: kl(heads[0], heads[1:], workspace_bytes=16 << 20),
     "kl none": lambda: kl(heads[0], heads[1:], reduction="none", workspace_bytes=16 << 20).sum(),
     "logprob": lambda: logprob(heads[0], tokens, workspace_bytes=16 << 20).logp.sum(),
+    "logprob, not to be recomputed": lambda: logprob(
+        heads[0], tokens, workspace_bytes=16 << 20, recompute=False
+    ).logp.sum(),
     "mutual_kl": lambda: mutual_kl(heads, workspace_bytes=16 << 20).loss,
 }[op]
 small = Head(heads[0].hidden[:8], heads[0].lm_head)
@@ -150,7 +154,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
-@pytest.mark.parametrize("op", ["kl", "kl none", "logprob", "mutual_kl"])
+@pytest.mark.parametrize("op", ["kl", "kl none", "logprob", "logprob, not to be recomputed", "mutual_kl"])
 def test_peak_memory_is_the_workspace_whatever_the_number_of_tokens(op):
     # (N, V) alone would be 305 MiB in fp32; allowed: workspace, three heads' gradients and accumulators, blocks, slack
     command = [sys.executable, "-c", MEMORY_SCRIPT, op, "4000"]
