@@ -84,7 +84,9 @@ def contest(benchmark, scale, record):
 
     def run(op: str, rivals: dict[str, Contender], *, backends=(), rounds: int = scale.rounds, **fields) -> dict:
         shape = {"model": "qwen3-8b", "N": scale.N, "dtype": scale.dtype, "device": DEVICE, "shrink": scale.shrink}
-        row = measure.contest(benchmark, Case(op, **shape | fields), rivals, rounds, backends)
+        case = Case(op, **shape | fields)
+        with measure.products(case):
+            row = measure.contest(benchmark, case, rivals, rounds, backends)
         record(row)
         return row
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import ctypes
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -138,6 +139,22 @@ def contest(benchmark, case: Case, rivals: dict[str, Contender], rounds: int, ba
     return row
 
 
+@contextmanager
+def products(case: Case) -> Iterator[None]:
+    """On a CPU, what a GPU's GEMM does with bf16: products of bf16 numbers, summed and kept in fp32.
+
+    Whoever widens its operands gains; dlogits are rounded to bf16, as on a GPU.
+    """
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    if case.device == "cpu" and case.dtype == torch.bfloat16:
+        matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
 def differentiate(run: Contender, inputs: Inputs) -> tuple[Tensor, list[Tensor]]:
     if not inputs.leaves:
         with torch.no_grad():
@@ -184,6 +201,7 @@ def describe(case: Case, inputs: Inputs) -> dict:
     """The case and the work in it, without results."""
     return asdict(case) | {
         "dtype": str(case.dtype).removeprefix("torch."),
+        "products": torch.backends.mkldnn.matmul.fp32_precision,
         "D": case.D,
         "V": case.V,
         "passes": work.passes_spent(case),

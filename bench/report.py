@@ -18,6 +18,7 @@ from bench.results import FOLDER, OURS, ROOF, SHORT, Data, Row, entry, load, ms,
 README = Path(__file__).parent.parent / "README.md"
 BLOCK = re.compile(r"(?<=<!-- bench -->\n).*?(?=<!-- /bench -->)", re.DOTALL)
 USUAL = {"op": "kl", "T": 1, "divergence": "reverse", "backward": True, "frozen": False, "model": "qwen3-8b"}
+USUAL |= {"recompute": True}
 HEADLINES: dict[str, dict[str, Any]] = {
     "`kl`": {},
     "`kl`, JSD": {"divergence": "jsd"},
@@ -29,6 +30,7 @@ HEADLINES: dict[str, dict[str, Any]] = {
     "`kl`, soft-capped": {"model": "gemma"},
     "`mutual_kl`, 3 heads": {"op": "mutual_kl", "T": 2},
     "`logprob`": {"op": "logprob"},
+    "`logprob`, logits kept": {"op": "logprob", "recompute": False},
     "`agreement`, forward": {"op": "agreement", "backward": False},
 }
 PYTORCH = ("eager", "eager, fp32 logits", "torch.compile")
@@ -74,6 +76,7 @@ def headline(data: Data) -> str:
     for title, changes in HEADLINES.items():
         row = usual(data, **changes)
         if row and (row is not first or not changes):
+            title += f", {row['products']} products" * (row["products"] != "none")
             lines.append("| " + " | ".join([title, *summary(row)]) + " |")
     return "\n".join([*lines, "", *sentences(data)]) + "\n"
 
@@ -169,6 +172,7 @@ def contenders(row: Row) -> str:
         )
     words = [title(row), *([f"T={row['T']}", row["divergence"]] if row["op"] != "logprob" else [])]
     words += ["forward + backward" if row["backward"] else "forward", *["frozen lm_head"] * row["frozen"]]
+    words += ["logits kept"] * (not row["recompute"]) + [f"{row['products']} products"] * (row["products"] != "none")
     return markdown(", ".join(words), header, cells)
 
 

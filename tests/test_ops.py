@@ -188,6 +188,29 @@ def test_sixteen_bit_dlogits_keep_the_gradient(backend, dtype, divergence, monke
         assert max(errors.values()) <= gate, errors
 
 
+@pytest.fixture
+def bf16_products():
+    """What a CPU with bf16 units does with widened operands when it is told to; others ignore it."""
+    matmul = torch.backends.mkldnn.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+    yield
+    matmul.fp32_precision = before
+
+
+@pytest.mark.usefixtures("bf16_products")
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_products_of_bf16_summed_in_fp32_keep_the_gradient(divergence):
+    student = make(256, 128, 4096, torch.bfloat16)
+    teacher = make(256, 128, 4096, torch.bfloat16, like=student, noise=0.05)
+    exact_student = cast(student, torch.float64)
+    want = kl(exact_student, cast(teacher, torch.float64), divergence=divergence, backend="reference")
+    got = kl(student, teacher, divergence=divergence)
+    assert relative(got, want) <= 1e-4
+    wanted = gradients(want, exact_student)
+    errors = {name: relative(g, wanted[name]) for name, g in gradients(got, student).items()}
+    assert max(errors.values()) <= 3e-3, errors
+
+
 def test_heads_of_different_dtypes_teach_each_other_in_their_own(monkeypatch):
     heads = [make(64, 16, 200, torch.bfloat16), make(64, 24, 200), make(64, 16, 200, torch.float16)]
     exact = [cast(h, torch.float64) for h in heads]
