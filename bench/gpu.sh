@@ -45,7 +45,7 @@ stage tests 120 "$python" -m pytest -q -m gpu $workers tests
 bench rows 40 bench/bench_rows.py
 # most of these three is rivals that compile
 bench kl 140 bench/bench_kl.py::bench_reverse
-bench logprob 100 bench/bench_logprob.py::bench_logprob
+bench logprob 120 bench/bench_logprob.py::bench_{logprob,kept_logits}
 bench jsd 120 bench/bench_kl.py::bench_jsd
 # every access and every race of the native rows, on short rows
 for tool in memcheck racecheck; do
