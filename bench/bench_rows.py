@@ -37,7 +37,7 @@ def bench_rows(benchmark, record, scale, device, model, T):
 
     def interleaved() -> None:
         for name, run in runs.items():
-            ms[name].append(clock.time(run)[0])
+            ms[name].append(clock.time(run))
 
     interleaved()
     ms = {name: [] for name in runs}

@@ -1,7 +1,8 @@
 """One contest: every contender checked against float64, then timed in interleaved rounds on the same inputs.
 
 A contender that raises, or whose result is wrong, stays in the table with the reason. Memory is what the process (on
-CUDA, the allocator) grew by at its peak beyond the inputs, read in the timed rounds themselves.
+CUDA, the allocator) grew by at its peak beyond the inputs, in a call of its own: it starts with all free memory given
+back, which a loop's next step does not.
 """
 
 from __future__ import annotations
@@ -49,10 +50,6 @@ class Entry:
     ms: list[float] = field(default_factory=list)
     peak_mib: float | None = None
 
-    def note(self, peak: float | None) -> None:
-        if peak is not None:
-            self.peak_mib = max(peak, self.peak_mib or 0.0)
-
 
 class Clock:
     """Time and peak memory of one call."""
@@ -64,32 +61,39 @@ class Clock:
         gc.collect()
         gc.freeze()
 
-    def prepare(self) -> None:
-        gc.collect()
+    def wait(self) -> None:
         if self.cuda:
             torch.cuda.synchronize()
+
+    def settle(self) -> None:
+        """Nothing of what came before runs on, or is left to collect."""
+        gc.collect()
+        self.wait()
+
+    def time(self, call: Callable[[], object]) -> float:
+        """ms of one call"""
+        self.settle()
+        start = time.perf_counter()
+        call()
+        self.wait()
+        return 1e3 * (time.perf_counter() - start)
+
+    def peak(self, call: Callable[[], object]) -> float | None:
+        """MiB that one call adds at its peak; None where the system cannot tell."""
+        self.settle()
+        if self.cuda:
             torch.cuda.reset_peak_memory_stats()
-            self.before = torch.cuda.memory_allocated()
-        elif self.linux:
+            before = torch.cuda.memory_allocated()
+            call()
+            self.wait()
+            return (torch.cuda.max_memory_allocated() - before) / MIB
+        if self.linux:
             # freed memory goes back to the system, and the high-water mark down to what is left
             ctypes.CDLL(None).malloc_trim(0)
             WATERMARK.write_text("5")
-            self.before = resident("VmRSS")
-
-    def finish(self) -> float | None:
-        """Waits for the device; MiB at the peak since `prepare`, None where the system cannot tell."""
-        if self.cuda:
-            torch.cuda.synchronize()
-            return (torch.cuda.max_memory_allocated() - self.before) / MIB
-        return (resident("VmHWM") - self.before) / MIB if self.linux else None
-
-    def time(self, call: Callable[[], object]) -> tuple[float, float | None]:
-        """ms of one call, and its peak."""
-        self.prepare()
-        start = time.perf_counter()
+            before = resident("VmRSS")
         call()
-        peak = self.finish()
-        return 1e3 * (time.perf_counter() - start), peak
+        return (resident("VmHWM") - before) / MIB if self.linux else None
 
 
 def resident(key: str) -> int:
@@ -116,20 +120,19 @@ def contest(benchmark, case: Case, rivals: dict[str, Contender], rounds: int, ba
     for entry in entries:
         check(entry, contenders[entry.name], inputs, want)
     roof, bare = Entry(ROOF), work.roof(inputs)
-    bare()
-    calls = [(roof, bare)]
+    calls = [(mine, partial(differentiate, ours(), inputs)), (roof, bare)]
     calls += [(e, partial(differentiate, contenders[e.name], inputs)) for e in entries if e.loss_error is not None]
+    for entry, call in calls:
+        entry.peak_mib = clock.peak(call)
 
     def others() -> None:
-        for entry, call in calls:
-            ms, peak = clock.time(call)
-            entry.ms.append(ms)
-            entry.note(peak)
-        clock.prepare()
+        for entry, call in calls[1:]:
+            entry.ms.append(clock.time(call))
+        clock.settle()
 
     def timed() -> None:
         differentiate(ours(), inputs)
-        mine.note(clock.finish())
+        clock.wait()
 
     benchmark.pedantic(timed, setup=others, rounds=rounds)
     if benchmark.enabled:
