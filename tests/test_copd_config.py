@@ -180,19 +180,25 @@ def test_a_failed_first_run_takes_those_that_need_it_along(tmp_path, monkeypatch
 
 
 def test_ctrl_c_starts_no_further_run(tmp_path, monkeypatch):
-    calls = []
+    calls, arrived = [], threading.Event()
+
+    def interrupt(*_):
+        arrived.set()
+        raise KeyboardInterrupt
 
     def launch(path):
         calls.append(path.stem)
         if path.stem == "copd-seed0":
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            # a busy machine may be late to wake the main thread
+            assert arrived.wait(60)
             time.sleep(0.5)
         return 0
 
     monkeypatch.setattr(study, "launch", launch)
     variants = {"tiny": {"branches": {"text": {"task": "arithmetic"}}}}
     # a shell starts background jobs with SIGINT ignored
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = signal.signal(signal.SIGINT, interrupt)
     try:
         with pytest.raises(KeyboardInterrupt):
             study.run(study.Study(output_dir=str(tmp_path), jobs=1, variants=variants))
