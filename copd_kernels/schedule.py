@@ -25,9 +25,9 @@ from torch import Tensor
 
 MIB = 1 << 20
 WORKSPACE_BYTES = {"cpu": 128 * MIB, "cuda": 3072 * MIB}
-# on a CPU the first touch of fresh memory costs as much as the rows' work on it, and its GEMMs gain nothing from more
-# tokens than these: above so many bytes a chunk is no taller
-ENOUGH_BYTES, ENOUGH_TOKENS = 32 * MIB, 512
+# on a CPU the first touch of fresh memory costs as much as the rows' work on it, and glibc maps blocks of 32 MiB and more
+# afresh each time; GEMMs gain little from more tokens than these, so a larger chunk is no taller
+ENOUGH_BYTES, ENOUGH_TOKENS = 32 * MIB, 256
 # widened rows of lm_head: enough to keep the GEMM efficient, little beside the workspace
 TILE_BYTES = 8 * MIB
 # 16-bit dlogits are made from weights of at most one, times this: fp16 then resolves 2**-32 and saturates at 255
