@@ -25,8 +25,8 @@ from torch import Tensor
 
 MIB = 1 << 20
 WORKSPACE_BYTES = {"cpu": 128 * MIB, "cuda": 3072 * MIB}
-# on a CPU the first touch of fresh memory costs as much as the rows' work on it, and glibc maps blocks of 32 MiB and more
-# afresh each time; GEMMs gain little from more tokens than these, so a larger chunk is no taller
+# on a CPU the first touch of fresh memory costs as much as the rows' work on it, and glibc maps blocks above this size
+# afresh each time; GEMMs gain little from more tokens than these, so such a chunk is no taller
 ENOUGH_BYTES, ENOUGH_TOKENS = 32 * MIB, 256
 # widened rows of lm_head: enough to keep the GEMM efficient, little beside the workspace
 TILE_BYTES = 8 * MIB
