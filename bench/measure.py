@@ -120,6 +120,7 @@ def contest(benchmark, case: Case, rivals: dict[str, Contender], rounds: int, ba
     for entry in entries:
         check(entry, contenders[entry.name], inputs, want)
     roof, bare = Entry(ROOF), work.roof(inputs)
+    bare()
     calls = [(mine, partial(differentiate, ours(), inputs)), (roof, bare)]
     calls += [(e, partial(differentiate, contenders[e.name], inputs)) for e in entries if e.loss_error is not None]
     for entry, call in calls:

@@ -17,8 +17,8 @@ from bench.results import FOLDER, OURS, ROOF, SHORT, Data, Row, entry, load, ms,
 
 README = Path(__file__).parent.parent / "README.md"
 BLOCK = re.compile(r"(?<=<!-- bench -->\n).*?(?=<!-- /bench -->)", re.DOTALL)
-USUAL = {"op": "kl", "T": 1, "divergence": "reverse", "backward": True, "frozen": False, "model": "qwen3-8b"}
-USUAL |= {"recompute": True}
+USUAL: dict[str, Any] = {"op": "kl", "model": "qwen3-8b", "T": 1, "divergence": "reverse"}
+USUAL |= {"backward": True, "frozen": False, "recompute": True}
 HEADLINES: dict[str, dict[str, Any]] = {
     "`kl`": {},
     "`kl`, JSD": {"divergence": "jsd"},

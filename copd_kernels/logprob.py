@@ -18,7 +18,7 @@ from copd_kernels.flatten import Flat, fake_gradients, flatten, logits_dtype, pr
 from copd_kernels.head import Head
 from copd_kernels.results import LogProb
 from copd_kernels.rows import load, resolve
-from copd_kernels.schedule import Gradients, Projection, Workspace, budget
+from copd_kernels.schedule import Gradients, Projection, Workspace, empty_logits
 
 
 @torch.library.custom_op("copd::logprob", mutates_args=())
@@ -39,7 +39,7 @@ def logprob_op(
     head = single(hidden, lm_head, bias, numbers, vocab_size, temperature)
     rows = load(backend)
     outputs = [hidden.new_empty(hidden.shape[0], dtype=logits_dtype([hidden])) for _ in range(3)]
-    kept = empty_logits(hidden, head.V, workspace_bytes, recompute)
+    kept = empty_logits(hidden, head.V, outputs[0].dtype, workspace_bytes, recompute)
     space = Workspace(hidden.shape[0], 1, head.V, kept, workspace_bytes, kept=kept)
     for chunk in space.chunks:
         keep = tokens[chunk] != ignore_index
@@ -49,13 +49,6 @@ def logprob_op(
         for output, result in zip(outputs, results, strict=True):
             output[chunk] = torch.where(keep, result, 0)
     return *outputs, kept
-
-
-def empty_logits(hidden: Tensor, V: int, workspace_bytes: int, recompute: bool) -> Tensor:
-    """(N, V) for the logits to keep, if they fit and are not to be made again; else (0, V)."""
-    N, dtype = hidden.shape[0], logits_dtype([hidden])
-    fit = not recompute and N * V * dtype.itemsize <= budget(workspace_bytes, hidden.device)
-    return hidden.new_empty(N if fit else 0, V, dtype=dtype)
 
 
 @torch.library.custom_op("copd::logprob_backward", mutates_args=())
@@ -108,8 +101,9 @@ def single(
 
 @logprob_op.register_fake
 def _(hidden, lm_head, bias, tokens, numbers, V, temperature, ignore_index, backend, workspace_bytes, recompute):
-    per_token = [hidden.new_empty(hidden.shape[:1], dtype=logits_dtype([hidden])) for _ in range(3)]
-    return *per_token, empty_logits(hidden, V, workspace_bytes, recompute)
+    dtype = logits_dtype([hidden])
+    per_token = [hidden.new_empty(hidden.shape[:1], dtype=dtype) for _ in range(3)]
+    return *per_token, empty_logits(hidden, V, dtype, workspace_bytes, recompute)
 
 
 @logprob_backward.register_fake

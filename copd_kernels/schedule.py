@@ -200,6 +200,13 @@ class Workspace:
         return (own if dtype is None else own.view(dtype))[: R * self.V].view(R, self.V)
 
 
+def empty_logits(hidden: Tensor, V: int, dtype: torch.dtype, workspace_bytes: int, recompute: bool) -> Tensor:
+    """(N, V) to keep one head's logits in, if they fit one workspace and are not to be made again; else (0, V)."""
+    N = hidden.shape[0]
+    fit = not recompute and N * V * dtype.itemsize <= budget(workspace_bytes, hidden.device)
+    return hidden.new_empty(N if fit else 0, V, dtype=dtype)
+
+
 def budget(workspace_bytes: int, device: torch.device) -> int:
     return workspace_bytes or WORKSPACE_BYTES.get(device.type, WORKSPACE_BYTES["cpu"])
 

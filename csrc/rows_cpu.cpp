@@ -104,8 +104,8 @@ template <class S> Side<S> measure(const S* row, int64_t V) {
     return gathered<S>(side);
 }
 
-// `lesson`, if any, is what the teachers have asked of each column so far, and takes this one's part: making it again for
-// the gradient would cost more than a second sweep.
+// `lesson`, if any, is what the teachers so far ask of each column, and takes this one's part: the gradient then needs no
+// logarithm again.
 template <class S>
 JsdSums<S> jsd_sums(const S* student, const S* teacher, int64_t V, const Pair<S>& pair, S beta, S* lesson) {
     JsdSums<Vector<S>> sums;
