@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 MIB = 1 << 20
-WORKSPACE_BYTES = {"cpu": 128 * MIB, "cuda": 3072 * MIB}
+WORKSPACE_BYTES = {"cpu": 256 * MIB, "cuda": 3072 * MIB}
 # on a CPU the first touch of fresh memory costs as much as the rows' work on it, and glibc maps blocks above this size
 # afresh each time; GEMMs gain little from more tokens than these, so such a chunk is no taller
 ENOUGH_BYTES, ENOUGH_TOKENS = 32 * MIB, 256
