@@ -31,7 +31,7 @@ test-slow: setup
 # torch is named again, or the rivals' open ranges would pull another build
 bench: setup
 	$(BIN)/pip install -q --disable-pip-version-check $(TORCH) -e '.[bench]'
-	$(BIN)/python -m pytest -q bench --results bench/results
+	$(BIN)/python -m pytest -q bench --results bench/results --fresh
 	$(BIN)/python -m bench.report
 
 clean:

@@ -25,6 +25,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def pytest_addoption(parser):
     parser.addoption("--results", type=Path, metavar="DIR", help="write DIR/<device>.json")
+    parser.addoption("--fresh", action="store_true", help="drop the rows that DIR/<device>.json has")
 
 
 def pytest_configure(config):
@@ -33,7 +34,7 @@ def pytest_configure(config):
     if config.option.benchmark_disable:
         # threads that wait for each other cost more than tiny heads do
         torch.set_num_threads(1)
-    config.bench_results = Results(folder) if folder else None
+    config.bench_results = Results(folder, config.option.fresh) if folder else None
 
 
 def pytest_report_header(config):

@@ -51,11 +51,11 @@ def version(package: str) -> str | None:
 class Results:
     """One machine's rows, written as they come. Benches run one by one share a file; another version starts afresh."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, fresh: bool = False) -> None:
         slug = re.sub(r"[^a-z0-9]+", "-", device_name().lower()).strip("-")
         self.path = folder / ("cpu.json" if slug.startswith("cpu") else f"{slug}.json")
         self.data: dict[str, Any] = {"machine": machine(), "rows": []}
-        if self.path.exists():
+        if self.path.exists() and not fresh:
             found = json.loads(self.path.read_text())
             if found["machine"] == self.data["machine"]:
                 self.data = found
@@ -82,7 +82,8 @@ def rounded(x: Any) -> Any:
         return float(f"{x:.4g}")
     if isinstance(x, dict):
         return {name: rounded(value) for name, value in x.items()}
-    return [rounded(value) for value in x] if isinstance(x, list) else x
+    # as JSON has it: a row that is measured again must equal the one that was read
+    return [rounded(value) for value in x] if isinstance(x, list | tuple) else x
 
 
 def load(folder: Path = FOLDER) -> list[Data]:

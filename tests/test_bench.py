@@ -9,6 +9,7 @@ import torch
 from bench import report, work
 from bench.cases import SCALES, Case, draw
 from bench.measure import differentiate
+from bench.results import Results
 from bench.rivals import ours
 
 CASES = {
@@ -39,6 +40,19 @@ def test_counted_passes_are_those_the_op_and_its_roof_spend(name):
     counted = work.passes_spent(case) * 2 * case.N * case.V * case.D
     assert flops(lambda: differentiate(ours(), inputs)) == pytest.approx(counted, rel=0.02)
     assert flops(work.roof(inputs)) == pytest.approx(counted, rel=0.02)
+
+
+def test_a_row_measured_again_replaces_the_first_unless_all_start_afresh(tmp_path):
+    row = {"op": "kl", "shrink": (8, 16), "entries": [{"name": "copd_kernels", "ms": [1.23456]}]}
+    other = row | {"shrink": (1, 1)}
+    for each in (row, other, row):
+        Results(tmp_path).add(each)
+    found = Results(tmp_path).data["rows"]
+    assert [r["shrink"] for r in found] == [[8, 16], [1, 1]]
+    assert found[0]["entries"][0]["ms"] == [1.235]
+    fresh = Results(tmp_path, fresh=True)
+    fresh.add(row)
+    assert len(Results(tmp_path).data["rows"]) == 1
 
 
 def test_readme_is_what_the_results_say():
