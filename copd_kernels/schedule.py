@@ -212,10 +212,11 @@ def budget(workspace_bytes: int, device: torch.device) -> int:
 
 
 def chunks(N: int, most: int) -> list[slice]:
-    """Equal slices of at most `most` of N tokens; a multiple of 128 tokens where that is possible."""
+    """Equal slices of at most `most` of N tokens, or of two; a multiple of 128 tokens where that is possible."""
     if N == 0:
         return []
-    most = max(1, min(N, most))
+    # BLAS sums a single row less precisely than the rows of a matrix
+    most = max(2, min(N, most))
     step = -(-N // -(-N // most))
     if most >= 128:
         step = min(-(-step // 128) * 128, most - most % 128)
