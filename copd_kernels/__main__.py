@@ -2,8 +2,8 @@
 
 import torch
 
-from copd_kernels import __version__
-from copd_kernels.rows import BACKENDS, missing, resolve
+from . import __version__
+from .rows import BACKENDS, missing, resolve
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
 def detail(backend: str, device: torch.device) -> str:
     if backend != "native" or device.type != "cpu":
         return ""
-    from copd_kernels import _C
+    from . import _C
 
     return f" ({_C.isa()}{', CUDA part built' if _C.has_cuda else ', no CUDA part'})"
 

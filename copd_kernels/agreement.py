@@ -7,16 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from copd_kernels import reference
-from copd_kernels.checks import check, check_same_vocabulary, check_temperature, check_workspace
-from copd_kernels.flatten import Flat, flatten, logits_dtype, projections
-from copd_kernels.head import Head
-from copd_kernels.results import Agreement
-from copd_kernels.rows import load, resolve
-from copd_kernels.schedule import Workspace
+from . import reference
+from ._ops import NAMESPACE
+from .checks import check, check_same_vocabulary, check_temperature, check_workspace
+from .flatten import Flat, flatten, logits_dtype, projections
+from .head import Head
+from .results import Agreement
+from .rows import load, resolve
+from .schedule import Workspace
 
 
-@torch.library.custom_op("copd::agreement", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::agreement", mutates_args=())
 def agreement_op(
     hidden: list[Tensor],
     lm_head: list[Tensor],

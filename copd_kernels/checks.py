@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from copd_kernels.head import Head
+    from .head import Head
 
 
 def check(op: str, argument: str, ok: bool, rule: str, got: object, fix: str = "") -> None:

@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from copd_kernels.head import Head
-from copd_kernels.reference import accumulator
-from copd_kernels.schedule import Projection, operand_dtype
+from ._ops import NAMESPACE
+from .head import Head
+from .reference import accumulator
+from .schedule import Projection, operand_dtype
 
 
 class Flat(NamedTuple):
@@ -73,7 +74,7 @@ def fake_gradients(hidden: Tensor, lm_head: Tensor, want: list[bool], dtype: tor
     return [hidden.new_empty(shape if w else (0,), dtype=dtype) for shape, w in zip(shapes, want, strict=True)]
 
 
-@torch.library.custom_op("copd::scale", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::scale", mutates_args=())
 def scale(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """total * factor in `dtype`, leaving `total` as it is and making no wider copy of it.
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from copd_kernels.checks import check, check_type
+from .checks import check, check_type
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

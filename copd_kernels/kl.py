@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from copd_kernels import reference
-from copd_kernels.checks import (
+from . import reference
+from ._ops import NAMESPACE
+from .checks import (
     check,
     check_divergence,
     check_integers,
@@ -25,7 +26,7 @@ from copd_kernels.checks import (
     check_values,
     check_workspace,
 )
-from copd_kernels.flatten import (
+from .flatten import (
     Flat,
     fake_gradients,
     flatten,
@@ -34,12 +35,12 @@ from copd_kernels.flatten import (
     scale,
     wanted,
 )
-from copd_kernels.head import Head
-from copd_kernels.rows import load, resolve
-from copd_kernels.schedule import Gradients, Projection, Workspace
+from .head import Head
+from .rows import load, resolve
+from .schedule import Gradients, Projection, Workspace
 
 
-@torch.library.custom_op("copd::kl", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::kl", mutates_args=())
 def kl_op(
     hidden: Tensor,
     lm_head: Tensor,

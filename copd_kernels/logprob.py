@@ -12,16 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from copd_kernels import reference
-from copd_kernels.checks import check_integers, check_temperature, check_values, check_workspace
-from copd_kernels.flatten import Flat, fake_gradients, flatten, logits_dtype, projections, scale, wanted
-from copd_kernels.head import Head
-from copd_kernels.results import LogProb
-from copd_kernels.rows import load, resolve
-from copd_kernels.schedule import Gradients, Projection, Workspace, empty_logits
+from . import reference
+from ._ops import NAMESPACE
+from .checks import check_integers, check_temperature, check_values, check_workspace
+from .flatten import Flat, fake_gradients, flatten, logits_dtype, projections, scale, wanted
+from .head import Head
+from .results import LogProb
+from .rows import load, resolve
+from .schedule import Gradients, Projection, Workspace, empty_logits
 
 
-@torch.library.custom_op("copd::logprob", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::logprob", mutates_args=())
 def logprob_op(
     hidden: Tensor,
     lm_head: Tensor,
@@ -51,7 +52,7 @@ def logprob_op(
     return *outputs, kept
 
 
-@torch.library.custom_op("copd::logprob_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::logprob_backward", mutates_args=())
 def logprob_backward(
     hidden: Tensor,
     lm_head: Tensor,

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from copd_kernels import reference
-from copd_kernels.checks import (
+from . import reference
+from ._ops import NAMESPACE
+from .checks import (
     check,
     check_divergence,
     check_same_vocabulary,
@@ -20,7 +21,7 @@ from copd_kernels.checks import (
     check_type,
     check_workspace,
 )
-from copd_kernels.flatten import (
+from .flatten import (
     Flat,
     fake_gradients,
     flatten,
@@ -29,13 +30,13 @@ from copd_kernels.flatten import (
     scale,
     wanted,
 )
-from copd_kernels.head import Head
-from copd_kernels.results import MutualKL
-from copd_kernels.rows import load, resolve
-from copd_kernels.schedule import Gradients, Workspace
+from .head import Head
+from .results import MutualKL
+from .rows import load, resolve
+from .schedule import Gradients, Workspace
 
 
-@torch.library.custom_op("copd::mutual_kl", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::mutual_kl", mutates_args=())
 def mutual_op(
     hidden: list[Tensor],
     lm_head: list[Tensor],

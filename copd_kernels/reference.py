@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from copd_kernels.head import Head
-from copd_kernels.results import Agreement, LogProb, MutualKL
+from .head import Head
+from .results import Agreement, LogProb, MutualKL
 
 
 def log_softmax(head: Head, temperature: float = 1.0) -> Tensor:

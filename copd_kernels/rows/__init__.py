@@ -27,7 +27,7 @@ from torch import device as Device
 from torch.compiler import assume_constant_result
 from torch.cuda import get_device_capability
 
-from copd_kernels.checks import check_option
+from ..checks import check_option
 
 BACKENDS = ("torch", "triton", "native")
 # what `backend=None` takes, the first that is available; native rows on CUDA wait for a measurement against Triton's
@@ -69,7 +69,7 @@ def missing(name: str, device: Device) -> str | None:
 def native_failure() -> str | None:
     """Why the compiled library does not load; None if it does."""
     try:
-        importlib.import_module("copd_kernels._C")
+        importlib.import_module(".._C", __package__)
     except ModuleNotFoundError:
         others = sorted(path.name for path in Path(__file__).parent.parent.glob("_C.*"))
         found = f"only for another Python ({others[0]})" if others else "not at all"
@@ -80,7 +80,7 @@ def native_failure() -> str | None:
 
 
 def native_cuda_missing(device: Device) -> str | None:
-    from copd_kernels import _C
+    from .. import _C
 
     if not _C.has_cuda:
         return "csrc/ is built without its CUDA part; run `COPD_CUDA=1 pip install -e .` with nvcc"
@@ -92,4 +92,4 @@ def native_cuda_missing(device: Device) -> str | None:
 
 
 def load(name: str) -> ModuleType:
-    return importlib.import_module(f"copd_kernels.rows.{name}")
+    return importlib.import_module(f".{name}", __package__)

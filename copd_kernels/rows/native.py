@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from copd_kernels import _C
-from copd_kernels.rows.torch import overlap as torch_overlap
+from .. import _C
+from .torch import overlap as torch_overlap
 
 # in the order of rows.h
 DIVERGENCES = ("reverse", "forward", "symmetric", "jsd")

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from copd_kernels.rows.stats import FAR, Side, entropy, kl_from, kl_gradient, log_mix, logprob_at_top
+from .stats import FAR, Side, entropy, kl_from, kl_gradient, log_mix, logprob_at_top
 
 # one block of rows of one array: what a CPU's cache holds several of; on a GPU, enough to fill it
 BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 25}

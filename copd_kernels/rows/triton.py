@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from copd_kernels.rows.kernels import (
+from .kernels import (
     _jsd_sums_kernel,
     _kl_grad_kernel,
     _kl_stats_kernel,
@@ -20,7 +20,7 @@ from copd_kernels.rows.kernels import (
     _overlap_kernel,
     _softcap_kernel,
 )
-from copd_kernels.rows.stats import Side, entropy, kl_from, kl_gradient, log_mix, logprob_at_top, merge
+from .stats import Side, entropy, kl_from, kl_gradient, log_mix, logprob_at_top, merge
 
 # one tile of logits: 16 fp32 a thread and tensor, four 16-byte loads
 TILE = 4096
