@@ -1,13 +1,15 @@
 """What every op means: plain PyTorch on full logits, safe in float64.
 
-This file is the definition of correct. On float64 inputs it is the oracle of every test; on inputs of a model's own
-dtype it is what an eager trainer would compute, and the yardstick of what error is acceptable. It holds (N, V) arrays,
-which is what the rest of this package exists to avoid. `backend="reference"` runs it.
+This file is the definition of correct. On float64 inputs it is the oracle of every test, right on peaked rows too; on
+inputs of a model's own dtype it is what an eager trainer would compute, and the yardstick of what error is acceptable.
+It holds (N, V) arrays, which is what the rest of this package exists to avoid. `backend="reference"` runs it.
 
 Arguments are those of the public ops, already checked.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -18,7 +20,24 @@ from .results import Agreement, LogProb, MutualKL
 
 def log_softmax(head: Head, temperature: float = 1.0) -> Tensor:
     """(..., V) log-probabilities, fp32 or fp64, from logits in the head's own dtype."""
-    return torch.log_softmax(logits(head) / temperature, -1)
+    return normalise(logits(head) / temperature)[0]
+
+
+def normalise(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-softmax (..., V) and logsumexp (...) of logits; in float64 with the top token's term taken out of the sum.
+
+    torch.log_softmax subtracts a rounded logsumexp: at a gap of 40 the top token has log p 0 and not -4e-18, and a
+    peaked row's entropy and divergences consist of nothing else.
+    """
+    if z.dtype != torch.float64:
+        return torch.log_softmax(z, -1), torch.logsumexp(z, -1)
+    top = z.max(-1, keepdim=True).indices
+    largest = z.gather(-1, top)
+    x = z - largest
+    # x at the top is 0, or NaN where the largest logit is infinite: such a row has no distribution
+    tail = x.exp().scatter(-1, top, 0).sum(-1, keepdim=True) + x.gather(-1, top)
+    norm = torch.log1p(tail)
+    return x - norm, (largest + norm).squeeze(-1)
 
 
 def logits(head: Head) -> Tensor:
@@ -38,9 +57,8 @@ def logprob(head: Head, tokens: Tensor, *, temperature: float = 1.0, ignore_inde
     """logp_n = z_n[tokens_n] - lse_n, entropy_n = -sum_v p_v log p_v, lse_n = log sum_v exp(z_v), z = logits / T."""
     keep = tokens != ignore_index
     z = logits(rows(head, keep)) / temperature
-    lse = torch.logsumexp(z, -1)
-    logp = z.gather(-1, tokens[keep].unsqueeze(-1)).squeeze(-1) - lse
-    log_p = z - lse.unsqueeze(-1)
+    log_p, lse = normalise(z)
+    logp = log_p.gather(-1, tokens[keep].unsqueeze(-1)).squeeze(-1)
     entropy = -(log_p.exp() * zero_where(log_p == -torch.inf, log_p)).sum(-1)
     return LogProb(*(scatter(x, keep) for x in (logp, entropy, lse)))
 
@@ -56,11 +74,31 @@ def diverge(log_p: Tensor, log_q: Tensor, divergence: str, beta: float) -> Tenso
         return forward
     if divergence == "symmetric":
         return reverse + forward
-    m = beta * q + (1 - beta) * p
-    log_m = torch.log(torch.where(m == 0, 1, m))
-    teacher = (q * zero_where(q == 0, log_q - log_m)).sum(-1)
-    student = (p * zero_where(p == 0, log_p - log_m)).sum(-1)
+    to_student, to_teacher = mixture_ratios(log_p, log_q, beta)
+    teacher = (q * zero_where(q == 0, to_teacher)).sum(-1)
+    student = (p * zero_where(p == 0, to_student)).sum(-1)
     return beta * teacher + (1 - beta) * student
+
+
+def mixture_ratios(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """log p / m and log q / m (..., V) of m = beta q + (1 - beta) p."""
+    if log_p.dtype != torch.float64:
+        m = beta * log_q.exp() + (1 - beta) * log_p.exp()
+        log_m = torch.log(torch.where(m == 0, 1, m))
+        return log_p - log_m, log_q - log_m
+    # from r = log p / q, because m rounds to 1 where both are peaked. What the divergence gains through m is
+    # (beta q + (1 - beta) p) dm / m = dm, whose sum is 0: r is detached, so that nothing has to cancel
+    r = (log_p - log_q).detach()
+    logs = math.log1p(-beta), math.log(beta)
+    return ratio(r, beta, *logs), ratio(-r, 1 - beta, *reversed(logs))
+
+
+def ratio(r: Tensor, share: float, log_rest: float, log_share: float) -> Tensor:
+    """-log(1 - share + share exp(-r)): exact near 0, and its limit at ±inf."""
+    near = r.abs() < 0.5
+    close = torch.log1p(share * torch.expm1(-torch.where(near, r, 0)))
+    far = torch.logaddexp(log_share - r, r.new_tensor(log_rest))
+    return -torch.where(near, close, far)
 
 
 def kl(
