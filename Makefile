@@ -15,7 +15,7 @@ setup: .venv/ready
 	touch $@
 
 demo: setup
-	$(BIN)/python -m copd.study --config configs/demo.yaml
+	$(BIN)/python -m copd study --config configs/demo.yaml
 
 lint: setup
 	$(BIN)/ruff check .

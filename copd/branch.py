@@ -25,7 +25,7 @@ from copd.distill import TeacherScore, delta, divergence_loss
 from copd.model import hidden_states
 from copd.rlvr import advantages, policy_loss, token_weights
 from copd.rollout import Rollout, generate, rewards, seed_of, special_tokens
-from copd.tasks import Prompt, Task
+from copd.task import Prompt, Task
 from copd_kernels import Head, agreement, logprob
 
 
@@ -86,7 +86,7 @@ class Branch:
         self, name: str, tasks: list[Task], model: PreTrainedModel, processor: Any, cfg: Config, device: torch.device
     ) -> None:
         self.name, self.tasks, self.model, self.cfg, self.device = name, tasks, model, cfg, device
-        self.special = special_tokens(model, processor)
+        self.processor, self.special = processor, special_tokens(model, processor)
         self.frozen: nn.Module | None = None  # weights of the phase's start, for `opd.teacher: phase_start`
         if cfg.model.freeze_vision and hasattr(model.model, "visual"):
             model.model.visual.requires_grad_(False)

@@ -11,21 +11,24 @@ from pathlib import Path
 
 import transformers
 
-from copd import config, evaluate, report, study, train
+from copd import config, evaluate, train
 from copd.branch import Branch
-from copd.config import Config, MergeConfig
+from copd.config import MergeConfig
+from copd.lab import report, study
+from copd.lab.config import LabConfig
+from copd.lab.start import make_task, start
 from copd.merge import merge
 from copd.model import load, load_like, load_saved
 
 
-def run_train(args: argparse.Namespace, cfg: Config) -> None:
+def run_train(args: argparse.Namespace, cfg: LabConfig) -> None:
     if args.dry_run:
         print(config.dump(cfg), end="")
         return
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     transformers.utils.logging.disable_progress_bar()
     try:
-        results = train.run(cfg)
+        results = train.run(cfg, start)
     except KeyboardInterrupt:
         sys.exit(130)
     report.write(cfg.run_dir)
@@ -43,12 +46,12 @@ def run_study(args: argparse.Namespace, plan: study.Study) -> None:
         sys.exit("study: failed: " + ", ".join(map(str, failed)))
 
 
-def run_eval(args: argparse.Namespace, cfg: Config) -> None:
+def run_eval(args: argparse.Namespace, cfg: LabConfig) -> None:
     device = train.device_of(cfg)
     for folder in args.models:
-        model, processor = load(replace(cfg.model, path=folder), cfg.seed, device)
+        model, processor = load(replace(cfg.model, path=folder), device)
         for name, owned in cfg.branches.items():
-            task = train.make_task(name, owned, processor)
+            task = make_task(name, owned, processor)
             branch = Branch(folder, [task], model, processor, cfg, device)
             record, _ = evaluate.accuracy(branch, task, cfg.eval.prompts, cfg.eval.samples)
             sampled, greedy = record["accuracy"], record["accuracy_greedy"]
@@ -80,12 +83,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         added.set_defaults(run=run, schema=schema, config=None)
         return added
 
-    sub = command(run_train, Config, "train one run")
-    sub.add_argument("--config", help="YAML file over the defaults of copd/config.py")
+    sub = command(run_train, LabConfig, "train one run")
+    sub.add_argument("--config", help="YAML file over the defaults of copd/config.py and copd/lab/config.py")
     sub.add_argument("--dry-run", action="store_true", help="print the resolved config and stop")
     sub = command(run_study, study.Study, "run all methods, suites and seeds")
     sub.add_argument("--config", required=True)
-    sub = command(run_eval, Config, "accuracy of saved models on a config's domains")
+    sub = command(run_eval, LabConfig, "accuracy of saved models on a config's domains")
     sub.add_argument("models", nargs="+", help="folders written by save_pretrained")
     sub.add_argument("--config", required=True, help="a run's config.yaml, or the file it came from")
     sub = command(
@@ -106,7 +109,3 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
     args.run(args, cfg)
-
-
-if __name__ == "__main__":
-    main()

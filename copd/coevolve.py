@@ -14,11 +14,16 @@ their losses add.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformers import PreTrainedModel
+
+from copd import topology
 from copd.branch import Batch, Branch
+from copd.config import Config
+from copd.task import Task
 
 
 @dataclass
@@ -33,6 +38,29 @@ class Plan:
     """Phase II takes a native batch too"""
     in_turn: bool = False
     """one teacher a step, instead of all"""
+
+
+def make_plan(
+    cfg: Config,
+    tasks: Mapping[str, Task],
+    branch: Callable[..., Branch],
+    expert: Callable[[str], PreTrainedModel],
+) -> Plan:
+    """The plan of `cfg.method`. `branch(name, tasks, model=base)` makes a branch, `expert(name)` a frozen teacher."""
+    everything = list(tasks.values())
+    if cfg.method == "mixed":
+        return Plan([branch("mixed", everything)], ["rl"] * (cfg.mixed_steps or len(tasks) * cfg.steps))
+    if cfg.method == "mopd":
+        experts = [branch(name, [task], expert(name)) for name, task in tasks.items()]
+        steps = cfg.mopd_steps or len(tasks) * cfg.cycles * cfg.opd_steps
+        student = branch("student", everything)
+        return Plan([student], ["opd"] * steps, {"student": experts}, native=False, in_turn=True)
+    branches = {name: branch(name, [tasks[name]]) for name in topology.local(list(tasks))}
+    if cfg.method in ("independent", "expert"):
+        return Plan(list(branches.values()), ["rl"] * cfg.steps)
+    phases = (["rl"] * cfg.rl_steps + ["opd"] * cfg.opd_steps) * cfg.cycles
+    taught = {name: [branches[teacher] for teacher in who] for name, who in topology.teachers(cfg).items()}
+    return Plan(list(branches.values()), phases, taught, native=cfg.opd.native)
 
 
 def coevolve(plan: Plan, start: int = 0) -> Iterator[tuple[int, str, dict[str, dict[str, Any]]]]:

@@ -19,10 +19,16 @@ from omegaconf.errors import OmegaConfBaseException
 Method = Literal["copd", "expert", "mixed", "mopd", "independent"]
 
 
+def require(holds: bool, rule: str, got: object) -> None:
+    """What every rule about a setting goes through."""
+    if not holds:
+        raise ValueError(f"config: {rule}; got {got}")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     path: str | None = None
-    """a `from_pretrained` name or folder; None builds the tiny Qwen3-VL below"""
+    """a `from_pretrained` name or folder"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """compute dtype; with bfloat16 the optimiser keeps fp32 master weights"""
     attention: str | None = None
@@ -33,18 +39,6 @@ class ModelConfig:
     """recompute activations in the backward pass"""
     freeze_vision: bool = False
     """train the language model alone"""
-    hidden_size: int = 128
-    """tiny model: width of the language model"""
-    layers: int = 2
-    """tiny model: depth of the language model"""
-    heads: int = 4
-    """tiny model: attention heads, of `hidden_size / heads` each"""
-    vision_hidden_size: int = 32
-    """tiny model: width of the vision tower"""
-    vision_layers: int = 2
-    """tiny model: depth of the vision tower"""
-    init_std: float = 0.05
-    """tiny model: standard deviation of the initial matrices; at 0.02 the warm start is much slower"""
 
 
 @dataclass(frozen=True)
@@ -84,31 +78,11 @@ class DataConfig:
 @dataclass(frozen=True)
 class BranchConfig:
     task: str = ""
-    """`arithmetic`, `count`, `motion` (synthetic text, image, video), or `data` for real files"""
+    """`data`: rows of files; or a task that whoever starts the run knows, as `copd.lab` knows synthetic ones"""
     options: dict[str, Any] = field(default_factory=dict)
-    """difficulty of a synthetic task: arguments of its class"""
+    """arguments of that task"""
     data: DataConfig = field(default_factory=DataConfig)
     """where the rows come from when `task` is `data`"""
-
-
-@dataclass(frozen=True)
-class WarmStartConfig:
-    clean_steps: int = 0
-    """stage 1: at most so many steps of imitation of correct solutions; 0 skips the warm start"""
-    slip_steps: int = 150
-    """stage 2: steps of imitation of a careless annotator, so that there is something left for RL to learn"""
-    target_accuracy: float = 0.95
-    """stage 1 ends when every domain answers so many of 100 fresh prompts, greedily"""
-    check_every: int = 50
-    """steps between those checks"""
-    lr: float = 3e-3
-    """peak learning rate of stage 1; stage 2 falls from 1e-3 to 1e-4"""
-    batch: int = 48
-    """solutions of each domain a step; a domain at the target falls to a third"""
-    domain_batch: dict[str, int] = field(default_factory=dict)
-    """`batch` of single domains: long prompts cost more, and need not be the harder ones"""
-    cache_dir: str = "runs/warmstart"
-    """finished warm starts, one folder a configuration and seed, shared by all runs"""
 
 
 @dataclass(frozen=True)
@@ -125,6 +99,11 @@ class RolloutConfig:
     """a truncated completion takes no part in the loss (it is counted and logged)"""
     chunk_prompts: int | None = None
     """prompts generated at once; None for all: lower it when the KV cache does not fit"""
+
+    def __post_init__(self) -> None:
+        for name in ("prompts", "samples", "max_new_tokens"):
+            require(getattr(self, name) >= 1, f"rollout.{name} must be at least 1", getattr(self, name))
+        require(self.temperature > 0, "rollout.temperature must be above 0", self.temperature)
 
 
 @dataclass(frozen=True)
@@ -177,6 +156,9 @@ class MergeConfig:
     """λ of task arithmetic and TIES, on the summed or elected task vector"""
     density: float = 0.2
     """share of each task vector that TIES keeps"""
+
+    def __post_init__(self) -> None:
+        require(0 < self.density <= 1, "merge.density must be in (0, 1]", self.density)
 
 
 @dataclass(frozen=True)
@@ -249,7 +231,6 @@ class Config:
     experts: str | None = None
     """folder of a finished `expert` or `independent` run whose branches teach in `mopd`; None trains them first"""
     model: ModelConfig = field(default_factory=ModelConfig)
-    warmstart: WarmStartConfig = field(default_factory=WarmStartConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     rlvr: RLVRConfig = field(default_factory=RLVRConfig)
     opd: OPDConfig = field(default_factory=OPDConfig)
@@ -280,27 +261,16 @@ class Config:
 
     def __post_init__(self) -> None:
         names = list(self.branches)
-        least = {"cycles": 0, "rl_steps": 0, "opd_steps": 0}
-        rules = [
-            (bool(names), "branches must name at least one domain", "none"),
-            *((b.task, f"branches.{name}.task must be set", "nothing") for name, b in self.branches.items()),
-            *((n in names, f"opd.branch_beta must name branches {names}", repr(n)) for n in self.opd.branch_beta),
-            *((n in names, f"merge.weights must name branches {names}", repr(n)) for n in self.merge.weights),
-            (self.hub in (None, *names), f"hub must be one of the branches {names}", repr(self.hub)),
-            *((getattr(self, n) >= low, f"{n} must be at least {low}", getattr(self, n)) for n, low in least.items()),
-            (self.rollout.prompts >= 1, "rollout.prompts must be at least 1", self.rollout.prompts),
-            (self.rollout.samples >= 1, "rollout.samples must be at least 1", self.rollout.samples),
-            (
-                self.rollout.max_new_tokens >= 1,
-                "rollout.max_new_tokens must be at least 1",
-                self.rollout.max_new_tokens,
-            ),
-            (self.rollout.temperature > 0, "rollout.temperature must be above 0", self.rollout.temperature),
-            (0 < self.merge.density <= 1, "merge.density must be in (0, 1]", self.merge.density),
-        ]
-        for holds, rule, got in rules:
-            if not holds:
-                raise ValueError(f"config: {rule}; got {got}")
+        require(bool(names), "branches must name at least one domain", "none")
+        for name, branch in self.branches.items():
+            require(bool(branch.task), f"branches.{name}.task must be set", "nothing")
+        for name in self.opd.branch_beta:
+            require(name in names, f"opd.branch_beta must name branches {names}", repr(name))
+        for name in self.merge.weights:
+            require(name in names, f"merge.weights must name branches {names}", repr(name))
+        require(self.hub in (None, *names), f"hub must be one of the branches {names}", repr(self.hub))
+        for name in ("cycles", "rl_steps", "opd_steps"):
+            require(getattr(self, name) >= 0, f"{name} must be at least 0", getattr(self, name))
 
 
 Schema = TypeVar("Schema")

@@ -20,7 +20,7 @@ from transformers.video_utils import VideoMetadata
 
 from copd import rewards
 from copd.config import DataConfig
-from copd.tasks import Prompt, Split
+from copd.task import Prompt, Split
 
 Rows = Sequence[dict[str, Any]]
 MEDIA_COLUMNS = ("images", "image", "video")
@@ -29,7 +29,7 @@ THUMBNAIL = 256  # pixels of the longer side of the images kept for the report
 
 
 class FileTask:
-    """Rows of files as a `copd.tasks.Task`. A training row that equals a test row is left out."""
+    """Rows of files as a `copd.task.Task`. A training row that equals a test row is left out."""
 
     def __init__(self, name: str, cfg: DataConfig, processor: Any) -> None:
         self.name, self.cfg, self.processor = name, cfg, processor
@@ -84,9 +84,6 @@ class FileTask:
             for question, text in zip(asked, completions, strict=True)
         ]
         return rewards.combine(self.functions, self.cfg.reward_weights, asked, answered, columns)
-
-    def solution(self, index: int, rng: np.random.Generator, careful: bool) -> None:
-        return None
 
     def _place(self, prompt: Prompt) -> tuple[Split, int]:
         return ("train", prompt.index) if prompt.index >= 0 else ("test", -1 - prompt.index)

@@ -4,17 +4,53 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
+from copd import topology
 from copd.branch import Branch
+from copd.coevolve import Plan
+from copd.log import Log
 from copd.rollout import completions, rewards, seed_of
-from copd.tasks import Task
+from copd.task import Task
 
 Record = dict[str, Any]
+
+
+def measure(plan: Plan, tasks: Mapping[str, Task], log: Log, step: int) -> None:
+    """Accuracy of every branch on every domain, and divergence along the edges of the topology, where due."""
+    branches, last = {branch.name: branch for branch in plan.branches}, step == len(plan.phases)
+    cfg = plan.branches[0].cfg
+    if _due(step, cfg.eval.every, last):
+        for branch in plan.branches:
+            for task in tasks.values():
+                log.write("eval", step, accuracy(branch, task, cfg.eval.curve_prompts, 1)[0])
+    if _due(step, cfg.eval.every if cfg.eval.divergence_every is None else cfg.eval.divergence_every, last):
+        for student, teachers in topology.teachers(cfg).items():
+            for teacher in teachers:
+                if student in branches and teacher in branches:
+                    log.write("divergence", step, divergence(branches[student], branches[teacher], tasks[student]))
+
+
+def _due(step: int, every: int, last: bool) -> bool:
+    return bool(every) and (last or step % every == 0)
+
+
+def final(models: list[Branch], tasks: list[Task]) -> tuple[dict[str, dict[str, Record]], list[Record]]:
+    """Model -> domain -> accuracy at the end of a run, and the samples to show."""
+    found: dict[str, dict[str, Record]] = {}
+    samples = []
+    for branch in models:
+        found[branch.name] = {}
+        for task in tasks:
+            cfg = branch.cfg.eval
+            found[branch.name][task.name], shown = accuracy(branch, task, cfg.prompts, cfg.samples)
+            samples += shown
+    return found, samples
 
 
 def accuracy(branch: Branch, task: Task, prompts: int, samples: int) -> tuple[Record, list[Record]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import resource
 import sys
 import time
@@ -12,7 +13,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from copd.branch import Branch
 from copd.config import Config, dump
+
+logger = logging.getLogger("copd")
 
 
 def memory_mib(device: torch.device) -> float:
@@ -21,6 +25,19 @@ def memory_mib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**20
     unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def state_memory(branches: list[Branch]) -> None:
+    """States what the branches need, which is the first thing to know about K of them."""
+    count, first = len(branches), branches[0]
+    width = 4 if first.cfg.model.dtype == "float32" else 2
+    parameters, trained = (sum(p.numel() for p in ps) for ps in (first.model.parameters(), first.parameters))
+    # weights; gradients and AdamW's two moments; fp32 master weights of a bf16 model
+    mib = (width * parameters + (12 if width == 4 else 16) * trained) / 2**20
+    logger.info(
+        f"{count} branch(es) of {parameters / 1e6:.2f} M parameters: weights, gradients and optimiser {mib:.1f} "
+        f"MiB each, {count * mib:.1f} MiB in all{', one at a time on the device' if first.cfg.offload else ''}"
+    )
 
 
 class Log:

@@ -15,18 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    PreTrainedModel,
-    Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from copd.config import ModelConfig
 from copd.processor import load_processor
-from copd.tasks import Prompt, vocabulary
+from copd.task import Prompt
 
 # pixels and grid as the processor names them, and the id of the placeholder in the model's config
 MEDIA = (
@@ -35,39 +28,10 @@ MEDIA = (
 )
 
 
-def build_tiny(cfg: ModelConfig, seed: int) -> PreTrainedModel:
-    """A Qwen3-VL of about half a million parameters that reads the words of `copd.tasks.vocabulary`."""
-    head_dim, ids = cfg.hidden_size // cfg.heads, vocabulary.ID
-    # a third of the rotary pairs each for time, height and width, the remainder for time
-    share = head_dim * 3 // 16
-    sizes = {"vocab_size": vocabulary.SIZE, "hidden_size": cfg.hidden_size, "intermediate_size": 2 * cfg.hidden_size}
-    heads = {"num_attention_heads": cfg.heads, "num_key_value_heads": cfg.heads, "head_dim": head_dim}
-    section = {"mrope_section": [head_dim // 2 - 2 * share, share, share], "mrope_interleaved": True}
-    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4} | section}
-    special = {"eos_token_id": ids[vocabulary.EOS], "pad_token_id": ids[vocabulary.PAD], "tie_word_embeddings": True}
-    text = {"num_hidden_layers": cfg.layers, "initializer_range": cfg.init_std} | sizes | heads | rope | special
-    width = {"hidden_size": cfg.vision_hidden_size, "intermediate_size": 2 * cfg.vision_hidden_size, "num_heads": 2}
-    patches = {"patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2, "num_position_embeddings": 256}
-    output = {"out_hidden_size": cfg.hidden_size, "deepstack_visual_indexes": [0]}
-    vision = {"depth": cfg.vision_layers, "initializer_range": cfg.init_std} | width | patches | output
-    config = Qwen3VLConfig(
-        text_config=text,
-        vision_config=vision,
-        image_token_id=ids[vocabulary.IMAGE],
-        video_token_id=ids[vocabulary.VIDEO],
-        vision_start_token_id=ids[vocabulary.VISION_START],
-        vision_end_token_id=ids[vocabulary.VISION_END],
-        tie_word_embeddings=True,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return Qwen3VLForConditionalGeneration(config)
-
-
-def load(cfg: ModelConfig, seed: int, device: torch.device) -> tuple[PreTrainedModel, Any]:
+def load(cfg: ModelConfig, device: torch.device) -> tuple[PreTrainedModel, Any]:
     """The base model, fp32, and its processor (a tokenizer for a text-only model)."""
     if cfg.path is None:
-        return build_tiny(cfg, seed).to(device), vocabulary.tokenizer()
+        raise ValueError("model: path must name a checkpoint; got none")
     flash, liger = (device.type == "cuda" and find_spec(name) is not None for name in ("flash_attn", "liger_kernel"))
     if cfg.liger and liger:
         apply_liger(AutoConfig.from_pretrained(cfg.path).model_type)

@@ -17,7 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from copd.config import RolloutConfig
 from copd.model import Sequences, collate, extend, hidden_states
-from copd.tasks import Prompt, Task
+from copd.task import Prompt, Task
 
 
 class Special(NamedTuple):

@@ -1,18 +1,21 @@
-"""Tiny settings the loop's tests share."""
+"""Tiny settings, and the lab's model and tasks, that the tests of the loop share."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from copd import config
+from copd import config, train
 from copd.branch import Branch
-from copd.config import Config
-from copd.model import load
-from copd.tasks.arithmetic import Arithmetic
-from copd.tasks.count import Count
-from copd.tasks.motion import Motion
+from copd.lab.config import LabConfig
+from copd.lab.start import start
+from copd.lab.tasks import vocabulary
+from copd.lab.tasks.arithmetic import Arithmetic
+from copd.lab.tasks.count import Count
+from copd.lab.tasks.motion import Motion
+from copd.lab.tiny import build_tiny
 
 CPU = torch.device("cpu")
 TINY = [
@@ -38,16 +41,24 @@ TASKS = {"text": Arithmetic, "image": Count, "video": Motion, "text2": Arithmeti
 KINDS = {"text": "arithmetic", "image": "count", "video": "motion", "text2": "arithmetic", "image2": "count"}
 
 
-def make_config(tmp_path: Path, *overrides: str, domains: tuple[str, ...] = ("text", "image")) -> Config:
+def make_config(tmp_path: Path, *overrides: str, domains: tuple[str, ...] = ("text", "image")) -> LabConfig:
     owned = [f"branches.{name}.task={KINDS[name]}" for name in domains]
     place = [f"output_dir={tmp_path}", f"warmstart.cache_dir={tmp_path / 'warmstart'}"]
-    return config.load(None, [*owned, *place, *TINY, *overrides])
+    return config.load(None, [*owned, *place, *TINY, *overrides], LabConfig)
 
 
-def make_branch(cfg: Config, name: str = "text", seed: int = 0, domain: str | None = None) -> Branch:
-    model, processor = load(cfg.model, seed, CPU)
+def make_branch(cfg: LabConfig, name: str = "text", seed: int = 0, domain: str | None = None) -> Branch:
+    model, processor = build_tiny(cfg.model, seed), vocabulary.tokenizer()
     domain = domain or name
     return Branch(name, [TASKS[domain](domain)], model, processor, cfg, CPU)
+
+
+def make_run(cfg: LabConfig) -> train.Run:
+    return train.Run(cfg, *start(cfg, CPU))
+
+
+def run(cfg: LabConfig) -> dict[str, Any]:
+    return train.run(cfg, start)
 
 
 def weights(branch: Branch) -> dict[str, torch.Tensor]:

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from copd.tasks.synthetic import SyntheticTask
-from copd.tasks.vocabulary import IMAGE, VISION_END, VISION_START
+from copd.lab.tasks.synthetic import SyntheticTask
+from copd.lab.tasks.vocabulary import IMAGE, VISION_END, VISION_START
 
 COLOURS = ("red", "green", "blue")
 CELL, EMPTY = 8, 3  # pixels: one merged visual token a cell

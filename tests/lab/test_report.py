@@ -6,7 +6,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from copd import evaluate, figures, report
+from copd import evaluate
+from copd.lab import figures, report
 
 DOMAINS = ["text", "image", "video"]
 STEPS = 12

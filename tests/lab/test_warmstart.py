@@ -1,15 +1,17 @@
 """The warm start: it learns, it is cached, and it needs worked answers."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
-from copd_cases import CPU, make_config, same
+from copd_cases import make_config, same
 
-from copd.model import load
+from copd.lab.tasks import vocabulary
+from copd.lab.tasks.arithmetic import Arithmetic
+from copd.lab.tiny import build_tiny
+from copd.lab.warmstart import warm_start
 from copd.rollout import generate, rewards, special_tokens
-from copd.tasks.arithmetic import Arithmetic
-from copd.warmstart import warm_start
 
 # one addition modulo 3: learnt in seconds
 EASY = ["warmstart.clean_steps=150", "warmstart.slip_steps=0", "warmstart.check_every=50", "warmstart.batch=32"]
@@ -18,7 +20,7 @@ TASK = ["branches.text.options.steps=1", "branches.text.options.modulus=3", "bra
 
 def make(tmp_path, *overrides):
     cfg = make_config(tmp_path, *EASY, *TASK, "model.hidden_size=64", *overrides, domains=("text",))
-    model, processor = load(cfg.model, cfg.seed, CPU)
+    model, processor = build_tiny(cfg.model, cfg.seed), vocabulary.tokenizer()
     return cfg, model, processor, Arithmetic("text", **cfg.branches["text"].options)
 
 
@@ -52,9 +54,9 @@ def test_without_steps_the_base_is_the_model_itself(tmp_path):
 
 def test_a_task_without_worked_answers_is_an_error(tmp_path):
     cfg, model, processor, task = make(tmp_path)
-    task.solution = lambda index, rng, careful: None
-    with pytest.raises(ValueError, match="warm start: task 'text' must offer worked solutions; got None"):
-        warm_start(model, processor, [task], cfg)
+    files = SimpleNamespace(name="files")
+    with pytest.raises(ValueError, match=r"warm start: tasks must offer worked solutions, .*; got 'files'"):
+        warm_start(model, processor, [task, files], cfg)
 
 
 def test_a_domain_may_have_a_batch_of_its_own(tmp_path, monkeypatch):
@@ -64,7 +66,7 @@ def test_a_domain_may_have_a_batch_of_its_own(tmp_path, monkeypatch):
         sizes.append(size)
         return model.lm_head.weight.sum() * torch.zeros(())
 
-    monkeypatch.setattr("copd.warmstart._imitation_loss", loss)
+    monkeypatch.setattr("copd.lab.warmstart._imitation_loss", loss)
     cfg, model, processor, task = make(tmp_path, "warmstart.clean_steps=1", "warmstart.domain_batch.text=5")
     warm_start(model, processor, [task], cfg)
     assert sizes == [5]

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from copd.tasks.synthetic import PATCH, TEMPORAL, SyntheticTask
-from copd.tasks.vocabulary import VIDEO, VISION_END, VISION_START
+from copd.lab.tasks.synthetic import PATCH, TEMPORAL, SyntheticTask
+from copd.lab.tasks.vocabulary import VIDEO, VISION_END, VISION_START
 
 COLUMN, BLOCK = 2 * PATCH, 6  # pixels: a column is one merged visual token
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from copd_cases import CPU, TASKS, make_branch, make_config
+from copd_cases import CPU, TASKS, make_branch, make_config, run
 
 from copd.config import OPDConfig, RLVRConfig
 from copd.distill import delta
@@ -187,8 +187,7 @@ def test_the_sampled_signal_is_the_reverse_kl_gradient_in_expectation(tmp_path):
 def test_a_text_only_model_trains_by_the_same_code(tmp_path):
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    from copd.tasks import vocabulary
-    from copd.train import run
+    from copd.lab.tasks import vocabulary
 
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 16}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1}

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from copd.tasks import vocabulary
-from copd.tasks.arithmetic import Arithmetic
-from copd.tasks.count import COLOURS, Count
-from copd.tasks.motion import Motion
-from copd.tasks.synthetic import patches
+from copd.lab.tasks import vocabulary
+from copd.lab.tasks.arithmetic import Arithmetic
+from copd.lab.tasks.count import COLOURS, Count
+from copd.lab.tasks.motion import Motion
+from copd.lab.tasks.synthetic import patches
 
 ALL = pytest.mark.parametrize("cls", [Arithmetic, Count, Motion])
 

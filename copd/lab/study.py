@@ -1,6 +1,6 @@
 """All methods on all variants and seeds, each run in a process of its own, then one report over them.
 
-    python -m copd.study --config configs/study.yaml [key=value ...]
+    copd study --config configs/study.yaml [key=value ...]
 
 Finished runs are skipped and interrupted ones resumed, so the same command continues a study. `independent` comes first
 in each (variant, seed): it makes the warm start that the others share, and the experts that `mopd` needs.
@@ -20,6 +20,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from copd import config
+from copd.lab.config import LabConfig
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Study:
     def __post_init__(self) -> None:
         for variant in self.variants:
             for method in self.methods:
-                config.load(self.tree(variant, 0, method))
+                config.load(self.tree(variant, 0, method), schema=LabConfig)
 
     def tree(self, variant: str, seed: int, method: str) -> Any:
         """The settings of one run, as in its own file."""
@@ -61,7 +62,7 @@ def write_config(study: Study, variant: str, seed: int, method: str) -> Path:
 def launch(path: Path) -> int:
     """Runs one config in a fresh process; its output goes to a .log beside the file."""
     with path.with_suffix(".log").open("a") as log:
-        command = [sys.executable, "-m", "copd.train", "--config", str(path)]
+        command = [sys.executable, "-m", "copd", "train", "--config", str(path)]
         environment = {"OMP_NUM_THREADS": "1"} | os.environ
         return subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
 
@@ -112,9 +113,3 @@ def progress(path: Path) -> str:
     last = trained[-1]
     numbers = [f"{key} {last[key]:.2f}" for key in ("reward", "kl", "overlap") if key in last]
     return ", ".join([f"step {last['step']}", last["phase"], *numbers, f"{last['tokens_per_s']:.0f} tokens/s"])
-
-
-if __name__ == "__main__":
-    from copd.cli import main
-
-    main(["study", *sys.argv[1:]])

@@ -19,8 +19,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markdown_it import MarkdownIt
 from omegaconf import OmegaConf
 
-from copd import figures
-from copd.figures import COLOURS, Line, Panel, Series, colour, mean_error
+from copd.lab import figures
+from copd.lab.figures import COLOURS, Line, Panel, Series, colour, mean_error
 
 Result = dict[str, Any]
 Seeds = dict[int, float]
@@ -48,7 +48,7 @@ def write(directory: Path, output: Path | None = None) -> None:
     for picture, svg in pictures.items():
         (output / "figures" / f"{picture}.svg").write_text(svg)
     environment = Environment(
-        loader=PackageLoader("copd"),
+        loader=PackageLoader("copd.lab"),
         undefined=StrictUndefined,
         autoescape=lambda template: template.endswith("html.j2"),
         trim_blocks=True,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from copd.tasks.synthetic import SyntheticTask
+from copd.lab.tasks.synthetic import SyntheticTask
 
 
 @dataclass(kw_only=True)

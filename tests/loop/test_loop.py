@@ -6,12 +6,11 @@ import signal
 
 import pytest
 import torch
-from copd_cases import make_branch, make_config, reward_longer, same, weights
+from copd_cases import make_branch, make_config, make_run, reward_longer, run, same, weights
 from torch.profiler import ProfilerActivity, profile
 
 from copd import checkpoint
 from copd.coevolve import Plan, coevolve, gather
-from copd.train import Run, run
 from copd_kernels import schedule
 
 
@@ -67,7 +66,7 @@ def test_a_resumed_run_writes_the_results_of_an_uninterrupted_one(tmp_path, monk
     settings = ("cycles=2", "checkpoint_every=2", "eval.every=2")
     whole = run(make_config(tmp_path, *settings, "name=whole"))
     cfg = make_config(tmp_path, *settings, "name=broken")
-    trainer = Run(cfg)
+    trainer = make_run(cfg)
 
     def interrupted_after_three_steps(plan, start):
         for step, *rest in coevolve(plan, start):
@@ -318,7 +317,7 @@ def test_no_tensor_of_tokens_by_vocabulary_exists_in_the_training_path(tmp_path,
 
 def test_a_nan_loss_stops_the_run_and_names_branch_and_batch(tmp_path):
     cfg = make_config(tmp_path)
-    trainer = Run(cfg)
+    trainer = make_run(cfg)
     trainer.plan.branches[1].model.lm_head.weight.data[5] = torch.nan
     trainer.plan.branches[1].rollout = lambda *args: trainer.plan.branches[0].rollout(*args)
     with pytest.raises(RuntimeError, match=r"loss of branch 'image' must be finite.*on 'image', rows \["):
@@ -380,7 +379,7 @@ def test_checkpoints_load_with_from_pretrained(tmp_path):
     from transformers import AutoModelForImageTextToText, AutoTokenizer
 
     cfg = make_config(tmp_path)
-    trainer = Run(cfg)
+    trainer = make_run(cfg)
     trainer.finish(trainer.train(), 0.0)
     for folder, expected in (("merged", trainer.merged()), ("branch-image", trainer.plan.branches[1].model)):
         loaded = AutoModelForImageTextToText.from_pretrained(cfg.run_dir / folder)
@@ -390,7 +389,7 @@ def test_checkpoints_load_with_from_pretrained(tmp_path):
 
 def test_the_memory_of_all_branches_is_stated_at_the_start(tmp_path, caplog):
     with caplog.at_level("INFO", logger="copd"):
-        Run(make_config(tmp_path))
+        make_run(make_config(tmp_path))
     assert any("2 branch(es) of" in message and "MiB in all" in message for message in caplog.messages)
 
 

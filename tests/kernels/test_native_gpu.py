@@ -34,7 +34,7 @@ def gpu(tmp_path_factory):
     library = tmp_path_factory.mktemp("gpu") / "gpu.so"
     flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-Wno-psabi", "-Wno-unknown-pragmas", "-pthread"]
     source = HERE / "gpu_on_threads.cpp"
-    subprocess.run([compiler, *flags, f"-I{HERE.parent / 'csrc'}", str(source), "-o", str(library)], check=True)
+    subprocess.run([compiler, *flags, f"-I{HERE.parents[1] / 'csrc'}", str(source), "-o", str(library)], check=True)
     return ctypes.CDLL(str(library))
 
 

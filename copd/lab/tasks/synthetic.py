@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from copd.tasks import Prompt, Split
-from copd.tasks.vocabulary import BOS, EOS, IMAGE, VIDEO, decode, encode
+from copd.lab.tasks.vocabulary import BOS, EOS, IMAGE, VIDEO, decode, encode
+from copd.task import Prompt, Split
 
 PATCH, MERGE, TEMPORAL = 4, 2, 2  # of the tiny model's vision tower
 

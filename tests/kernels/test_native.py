@@ -15,7 +15,7 @@ from copd_kernels import kl, rows
 from copd_kernels.rows import BACKENDS, missing
 
 HERE = Path(__file__).parent
-ROOT = HERE.parent
+ROOT = HERE.parents[1]
 KERNEL_TESTS = ["test_kl.py", "test_logprob.py", "test_mutual_kl.py", "test_agreement.py"]
 built = importlib.util.find_spec("copd_kernels._C") is not None
 needs_build = pytest.mark.skipif(not built, reason="csrc/ is not built")
@@ -24,7 +24,7 @@ needs_build = pytest.mark.skipif(not built, reason="csrc/ is not built")
 def run_kernel_tests(where, select, environment, files=KERNEL_TESTS):
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", select]
     done = subprocess.run(
-        [*command, *(f"tests/{name}" for name in files)],
+        [*command, *(f"tests/kernels/{name}" for name in files)],
         cwd=where,
         env=os.environ | environment,
         capture_output=True,

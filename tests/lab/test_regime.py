@@ -4,10 +4,13 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
+from copd_cases import run
 
-from copd import config, study, train
+from copd import config
+from copd.lab import study
+from copd.lab.config import LabConfig
 
-STUDY = Path(__file__).parent.parent / "configs" / "study.yaml"
+STUDY = Path(__file__).parents[2] / "configs" / "study.yaml"
 
 
 @pytest.mark.slow
@@ -17,7 +20,7 @@ def test_branches_that_teach_each_other_stay_close_and_average_well(tmp_path):
     settings = [f"output_dir={tmp_path}", "common.cycles=4", f"common.warmstart.cache_dir={tmp_path / 'warmstart'}"]
     plan = config.load(STUDY, settings, study.Study)
     runs = {
-        method: train.run(config.load(study.write_config(plan, "sharpen-k2", 0, method)))
+        method: run(config.load(study.write_config(plan, "sharpen-k2", 0, method), schema=LabConfig))
         for method in ("independent", "copd")
     }
     steps = {run["phases"][-1][-1] for run in runs.values()}

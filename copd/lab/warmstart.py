@@ -1,7 +1,7 @@
 """The base of the synthetic suites: a tiny model that imitates worked answers, well and then carelessly.
 
 Stage 1 imitates correct solutions until every domain is answered; stage 2 imitates an annotator who slips
-(`copd.tasks.synthetic`). The result is cached by configuration, task and seed.
+(`copd.lab.tasks.synthetic`). The result is cached by configuration, task and seed.
 """
 
 from __future__ import annotations
@@ -17,24 +17,31 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from copd.config import Config, digest
+from copd.config import digest
+from copd.lab.config import LabConfig
+from copd.lab.tasks.synthetic import SyntheticTask
 from copd.model import collate, extend, hidden_states, load_saved
 from copd.rollout import generate, rewards, seed_of, special_tokens
-from copd.tasks import Task
+from copd.task import Task
 from copd_kernels import Head, logprob
 
 SLIP_LR = (1e-3, 1e-4)
 WARMUP_STEPS = 50
 
 
-def warm_start(model: PreTrainedModel, processor: Any, tasks: list[Task], cfg: Config) -> PreTrainedModel:
+def warm_start(model: PreTrainedModel, processor: Any, tasks: list[Task], cfg: LabConfig) -> PreTrainedModel:
     """The warm-started base, from the cache where it has been made before."""
     if cfg.warmstart.clean_steps == 0:
         return model
+    synthetic = [task for task in tasks if isinstance(task, SyntheticTask)]
+    if len(synthetic) < len(tasks):
+        rule = "warm start: tasks must offer worked solutions, as synthetic ones do"
+        (first, *_) = (task.name for task in tasks if task not in synthetic)
+        raise ValueError(f"{rule}; got {first!r}; set warmstart.clean_steps=0")
     branches = {name: [branch.task, dict(branch.options)] for name, branch in cfg.branches.items()}
     cached = Path(cfg.warmstart.cache_dir) / digest(cfg.model, cfg.warmstart, branches, cfg.seed)
     if not cached.exists():
-        history = _train(model, processor, tasks, cfg)
+        history = _train(model, processor, synthetic, cfg)
         # several runs of a study may get here at once: whoever renames first wins
         scratch = cached.with_name(f"{cached.name}-{os.getpid()}")
         model.save_pretrained(scratch)
@@ -47,7 +54,9 @@ def warm_start(model: PreTrainedModel, processor: Any, tasks: list[Task], cfg: C
     return load_saved(cached)[0].to(model.device)
 
 
-def _train(model: PreTrainedModel, processor: Any, tasks: list[Task], cfg: Config) -> list[dict[str, float]]:
+def _train(
+    model: PreTrainedModel, processor: Any, tasks: list[SyntheticTask], cfg: LabConfig
+) -> list[dict[str, float]]:
     """Warm-starts `model` in place; returns the greedy accuracies of the checks in stage 1."""
     warm, special = cfg.warmstart, special_tokens(model, processor)
     optimizer = torch.optim.AdamW(model.parameters(), lr=warm.lr, weight_decay=0.01)
@@ -84,15 +93,12 @@ def _train(model: PreTrainedModel, processor: Any, tasks: list[Task], cfg: Confi
 
 
 def _imitation_loss(
-    model: PreTrainedModel, task: Task, size: int, step: int, careful: bool, pad: int, seed: int
+    model: PreTrainedModel, task: SyntheticTask, size: int, step: int, careful: bool, pad: int, seed: int
 ) -> torch.Tensor:
     """Mean of −log p over the tokens of `size` worked answers."""
     rng = np.random.default_rng(seed_of(seed, "warmstart", task.name, step))
     indices = rng.integers(task.size("train"), size=size).tolist()
     answers = [task.solution(index, rng, careful) for index in indices]
-    if None in answers:
-        rule = f"warm start: task {task.name!r} must offer worked solutions"
-        raise ValueError(f"{rule}; got None; set warmstart.clean_steps=0")
     width = max(map(len, answers))
     tokens = torch.tensor([answer + [pad] * (width - len(answer)) for answer in answers], device=model.device)
     lengths = torch.tensor([len(answer) for answer in answers], device=model.device)

@@ -1,7 +1,7 @@
 """What a branch learns from: rows with a verifiable reward.
 
-A `Task` is a list of rows that can be rebuilt from their index alone, and a reward. The synthetic tasks of this folder
-and the real files of `copd.data` both satisfy it, so nothing after this file knows which it is working on.
+A `Task` is a list of rows that can be rebuilt from their index alone, and a reward. The real files of `copd.data` and
+the synthetic tasks of `copd.lab` both satisfy it, so nothing after this file knows which it is working on.
 """
 
 from __future__ import annotations
@@ -53,9 +53,3 @@ class Task(Protocol):
 
     def reward(self, prompts: list[Prompt], completions: list[str]) -> list[float]:
         """One number for each completion; `prompts` and `completions` have the same length."""
-
-    def solution(self, index: int, rng: np.random.Generator, careful: bool) -> list[int] | None:
-        """Tokens of a worked answer to training row `index`, EOS included; None where the task has none.
-
-        The warm start imitates them: correct ones first, then those of an annotator who is not `careful`.
-        """

@@ -1,0 +1,1 @@
+"""Synthetic tasks with exact rewards, a modality each."""

@@ -1,0 +1,76 @@
+"""What a run leaves behind: its models in folders that `from_pretrained` loads, and `results.json`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from copd.branch import Branch
+from copd.coevolve import Plan
+from copd.log import Log
+from copd_kernels.rows import resolve
+
+
+def save(directory: Path, models: Iterable[Branch]) -> None:
+    """Every model but the base, with its processor."""
+    for branch in models:
+        if branch.name != "base":
+            folder = directory / ("merged" if branch.name == "merged" else f"branch-{branch.name}")
+            branch.model.save_pretrained(folder)
+            branch.processor.save_pretrained(folder)
+
+
+def write(
+    directory: Path,
+    plan: Plan,
+    domains: Iterable[str],
+    log: Log,
+    final: dict[str, dict[str, Any]],
+    samples: list[dict[str, Any]],
+    seconds: float,
+) -> dict[str, Any]:
+    """Writes and returns `results.json`, from which alone the report is made."""
+    cfg = plan.branches[0].cfg
+    trained = log.of("train")
+    results = {
+        "name": cfg.name,
+        "method": cfg.method,
+        "variant": cfg.variant,
+        "seed": cfg.seed,
+        "hub": cfg.hub or next(iter(cfg.branches)),
+        "domains": list(domains),
+        "branches": {branch.name: branch.tasks[0].name for branch in plan.branches if len(branch.tasks) == 1},
+        "config": asdict(cfg),
+        "phases": spans(plan.phases),
+        "final": final,
+        "eval": log.of("eval"),
+        "divergence": log.of("divergence"),
+        "samples": samples,
+        "cost": {
+            "seconds": round(seconds, 1),
+            "rollouts": sum(record["rollouts"] for record in trained),
+            "updates": len(trained) * cfg.rlvr.updates_per_batch,
+            "tokens": sum(record["tokens"] for record in trained),
+        },
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            # the backend's sums differ from another's in the last bits
+            "rows": resolve("train", None, plan.branches[0].device),
+        },
+    }
+    (directory / "results.json").write_text(json.dumps(results, indent=1))
+    return results
+
+
+def spans(phases: list[str]) -> list[list[Any]]:
+    """Runs of equal phases as [phase, first step, end]."""
+    groups = [list(group) for _, group in groupby(enumerate(phases), lambda pair: pair[1])]
+    return [[group[0][1], group[0][0], group[-1][0] + 1] for group in groups]

@@ -1,0 +1,74 @@
+"""Studies: each run in its process, continued, stopped."""
+
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from copd import config
+from copd.lab import study
+from copd.lab.config import LabConfig
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@pytest.mark.parametrize("name", ["demo", "study"])
+def test_the_bundled_studies_load(tmp_path, name):
+    plan = config.load(CONFIGS / f"{name}.yaml", [f"output_dir={tmp_path}"], study.Study)
+    for variant in plan.variants:
+        for method in plan.methods:
+            path = study.write_config(plan, variant, 3, method)
+            cfg = config.load(path, schema=LabConfig)
+            assert (cfg.method, cfg.seed, cfg.variant) == (method, 3, variant)
+
+
+def test_a_study_runs_each_method_in_its_process_and_continues(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(study, "launch", lambda path: calls.append(path.stem) or int(path.stem == "mixed-seed1"))
+    plan = study.Study(
+        output_dir=str(tmp_path),
+        seeds=[0, 1],
+        jobs=1,
+        common={"cycles": 1},
+        variants={"tiny": {"branches": {"text": {"task": "arithmetic"}}}},
+    )
+    failed = study.run(plan)
+    assert [path.stem for path in failed] == ["mixed-seed1"]
+    methods = ["independent", "copd", "mixed", "mopd"]
+    assert calls == [f"{method}-seed{seed}" for seed in (0, 1) for method in methods]
+
+
+def test_a_failed_first_run_takes_those_that_need_it_along(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "launch", lambda path: 1)
+    plan = study.Study(output_dir=str(tmp_path), variants={"tiny": {"branches": {"text": {"task": "arithmetic"}}}})
+    assert len(study.run(plan)) == 4
+
+
+def test_ctrl_c_starts_no_further_run(tmp_path, monkeypatch):
+    calls, arrived = [], threading.Event()
+
+    def interrupt(*_):
+        arrived.set()
+        raise KeyboardInterrupt
+
+    def launch(path):
+        calls.append(path.stem)
+        if path.stem == "copd-seed0":
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            # a busy machine may be late to wake the main thread
+            assert arrived.wait(60)
+            time.sleep(0.5)
+        return 0
+
+    monkeypatch.setattr(study, "launch", launch)
+    variants = {"tiny": {"branches": {"text": {"task": "arithmetic"}}}}
+    # a shell starts background jobs with SIGINT ignored
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            study.run(study.Study(output_dir=str(tmp_path), jobs=1, variants=variants))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert calls == ["independent-seed0", "copd-seed0"]

@@ -1,0 +1,84 @@
+"""Configs: files, overrides, errors."""
+
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+
+import pytest
+from copd_cases import make_config
+
+from copd import config, topology
+from copd.lab import config as lab
+from copd.lab.config import LabConfig
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def test_a_config_survives_the_round_trip(tmp_path):
+    cfg = make_config(tmp_path, "opd.branch_beta.text=0.5", "branches.image.options.grid=2")
+    assert config.load(asdict(cfg), schema=LabConfig) == cfg
+
+
+@pytest.mark.parametrize("schema", [config, lab])
+def test_every_field_has_a_line_of_documentation(schema):
+    source = Path(schema.__file__).read_text().splitlines()
+    for cls in vars(schema).values():
+        if is_dataclass(cls) and cls.__module__ == schema.__name__ and cls not in (config.Config, LabConfig):
+            for field in cls.__annotations__:
+                (place,) = [i for i, line in enumerate(source) if line.startswith(f"    {field}: ")][:1] or [None]
+                assert source[place + 1].strip().startswith('"""'), f"{cls.__name__}.{field}"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rlvr.clip=1", "Key 'clip' not in 'RLVRConfig'"),
+        ("method=grpo", "Invalid value 'grpo', expected one of"),
+        ("optim.lr=fast", "could not be converted to Float"),
+        ("branches.text.data.file=x", "Key 'file' not in 'DataConfig'"),
+        ("hub=audio", r"hub must be one of the branches \['text', 'image'\]; got 'audio'"),
+        ("opd.branch_beta.audio=1", "opd.branch_beta must name branches"),
+        ("merge.weights.audio=1", "merge.weights must name branches"),
+        ("branches.audio.options.steps=1", "branches.audio.task must be set"),
+        ("rollout.samples=0", "rollout.samples must be at least 1; got 0"),
+        ("rollout.temperature=0", "rollout.temperature must be above 0; got 0.0"),
+        ("merge.density=0", r"merge.density must be in \(0, 1\]; got 0.0"),
+        ("cycles=-1", "cycles must be at least 0; got -1"),
+        ("cycles", "an override must have the form key=value; got 'cycles'"),
+    ],
+)
+def test_a_wrong_setting_is_an_error_that_names_it(tmp_path, override, message):
+    with pytest.raises(ValueError, match=f"^config: .*{message}"):
+        make_config(tmp_path, override)
+
+
+def test_a_run_without_branches_is_an_error():
+    with pytest.raises(ValueError, match="branches must name at least one domain; got none"):
+        config.load(None)
+
+
+def test_the_lab_sets_more_than_the_loop_and_the_loop_refuses_it():
+    lines = ["branches.text.task=data", "warmstart.clean_steps=1"]
+    assert config.load(None, lines, LabConfig).warmstart.clean_steps == 1
+    with pytest.raises(ValueError, match="Key 'warmstart' not in 'Config'"):
+        config.load(None, lines)
+
+
+@pytest.mark.parametrize("name", ["smoke", "qwen3_vl_4b"])
+def test_the_bundled_runs_load(name):
+    assert list(config.load(CONFIGS / f"{name}.yaml", schema=LabConfig).branches) == ["text", "image", "video"]
+
+
+def test_the_paper_is_the_default():
+    cfg = config.load(CONFIGS / "smoke.yaml", schema=LabConfig)
+    paper = config.OPDConfig()
+    assert (paper.signal, paper.teacher, paper.native, paper.delta_clamp) == ("sampled", "live", True, None)
+    assert (cfg.rlvr.clip_low, cfg.rlvr.clip_high, cfg.rlvr.loss_aggregation) == (0.2, 0.28, "sequence")
+    assert (cfg.topology, cfg.merge.method, config.OptimConfig().lr) == ("hub", "mean", 1e-6)
+
+
+def test_the_hub_exchanges_with_every_spoke_and_spokes_with_the_hub_alone(tmp_path):
+    domains = ("text", "image", "video")
+    hub = topology.teachers(make_config(tmp_path, "hub=image", domains=domains))
+    assert hub == {"text": ["image"], "image": ["text", "video"], "video": ["image"]}
+    pairs = topology.teachers(make_config(tmp_path, "topology=all", domains=domains))
+    assert pairs["video"] == ["text", "image"]

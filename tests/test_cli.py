@@ -1,0 +1,79 @@
+"""The command line, as a user types it."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from copd_cases import make_config, run
+
+from copd import cli
+from copd.model import load_saved
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def test_a_dry_run_prints_the_resolved_config(capsys):
+    cli.main(["train", "--config", str(CONFIGS / "smoke.yaml"), "--dry-run", "optim.lr=0.5"])
+    assert "lr: 0.5" in capsys.readouterr().out
+
+
+def test_an_unknown_key_on_the_command_line_ends_with_a_message(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--config", str(CONFIGS / "smoke.yaml"), "lr=0.5"])
+    assert "Key 'lr' not in 'LabConfig'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--config", "no.yaml"], "No such file or directory: .*no.yaml"),
+        (["train", "--dryrun"], "an override must have the form key=value; got '--dryrun'"),
+        (["report", "runs", "--out", "results", "x=1"], "unrecognized arguments: x=1"),
+    ],
+)
+def test_a_wrong_argument_ends_with_a_message(capsys, arguments, message):
+    with pytest.raises(SystemExit):
+        cli.main(arguments)
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_an_unknown_command_names_the_known_ones(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["fit"])
+    message = capsys.readouterr().err
+    assert all(f"'{name}'" in message for name in ("fit", "train", "study", "eval", "merge", "report"))
+
+
+def test_eval_and_merge_work_on_saved_branches(tmp_path, capsys):
+    cfg = make_config(tmp_path, "method=expert")
+    run(cfg)
+    folders = [str(cfg.run_dir / f"branch-{name}") for name in ("text", "image")]
+    outs = [str(tmp_path / name) for name in ("out", "weighted")]
+    cli.main(["merge", *folders, "--out", outs[0]])
+    cli.main(["merge", *folders, "--out", outs[1], "method=weighted", f"weights={{{folders[0]}: 3}}"])
+    text, image, mean, weighted = (load_saved(path)[0].state_dict() for path in (*folders, *outs))
+    for key in mean:
+        torch.testing.assert_close(mean[key], (text[key] + image[key]) / 2)
+        torch.testing.assert_close(weighted[key], (3 * text[key] + image[key]) / 4)
+    cli.main(["eval", str(tmp_path / "out"), "--config", str(cfg.run_dir / "config.yaml")])
+    assert capsys.readouterr().out.count("accuracy") == 2
+
+
+def test_merge_without_the_base_it_needs_ends_with_a_message(tmp_path):
+    with pytest.raises(SystemExit, match="merge: base must be given for ties; got none"):
+        cli.main(["merge", "a", "b", "--out", str(tmp_path), "method=ties"])
+
+
+def test_the_smoke_config_runs_by_one_command(tmp_path):
+    """As a user runs it: report and models are there, and the progress says what happened."""
+    command = [sys.executable, "-m", "copd.train", "--config", str(CONFIGS / "smoke.yaml"), f"output_dir={tmp_path}"]
+    cached = f"warmstart.cache_dir={tmp_path / 'warmstart'}"
+    done = subprocess.run([*command, cached], capture_output=True, text=True, check=False, cwd=CONFIGS.parent)
+    assert done.returncode == 0, done.stderr
+    for name in ("metrics.jsonl", "results.json", "results.md", "report.html", "merged/model.safetensors"):
+        assert (tmp_path / "smoke" / name).stat().st_size > 0
+    assert "merged" in done.stdout
+    assert "MiB in all" in done.stderr
