@@ -51,7 +51,7 @@ bench jsd 120 bench/bench_kl.py::bench_jsd
 for tool in memcheck racecheck; do
     command -v compute-sanitizer >/dev/null || { echo "$tool: no compute-sanitizer"; break; }
     stage "$tool" 40 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -m pytest -q -m gpu \
-        -k "cuda_rows and not real" tests/kernels/test_native.py
+        -k "cuda_rows and not real" tests/ops/test_native.py
 done
 bench teachers 90 bench/bench_kl.py::bench_teachers bench/bench_kl.py::bench_routed_teachers
 bench scale 80 bench/bench_scale.py

@@ -24,7 +24,7 @@ needs_build = pytest.mark.skipif(not built, reason="csrc/ is not built")
 def run_kernel_tests(where, select, environment, files=KERNEL_TESTS):
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", select]
     done = subprocess.run(
-        [*command, *(f"tests/kernels/{name}" for name in files)],
+        [*command, *(f"tests/ops/{name}" for name in files)],
         cwd=where,
         env=os.environ | environment,
         capture_output=True,
