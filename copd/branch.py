@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from copd.config import Config
 from copd.distill import TeacherScore, delta, divergence_loss
 from copd.model import hidden_states
-from copd.rlvr import advantages, policy_loss, token_weights
+from copd.rlvr import advantages, deviation, policy_loss, token_weights
 from copd.rollout import Rollout, generate, rewards, seed_of, special_tokens
 from copd.task import Prompt, Task
 from copd_kernels import Head, agreement, logprob
@@ -122,11 +122,11 @@ class Branch:
         prompts = draw(task, cfg.rollout.prompts, step // len(self.tasks), *key)
         rollout = self.rollout(prompts, seed_of("sample", *key, step))
         reward = rewards(task, rollout)
-        deviation = reward.std(1, correction=0)
+        spread = deviation(reward)
         stats = {
             "reward": reward.mean().item(),
-            "reward_std": deviation.mean().item(),
-            "frac_reward_zero_std": (deviation == 0).float().mean().item(),
+            "reward_std": spread.mean().item(),
+            "frac_reward_zero_std": (spread == 0).float().mean().item(),
         }
         advantage = advantages(reward, cfg.rlvr).flatten().to(rollout.mask.device)
         return Batch(task.name, rollout, self._weights(rollout), advantage=advantage, stats=stats)

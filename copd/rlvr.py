@@ -14,11 +14,23 @@ from copd.config import RLVRConfig
 
 
 def advantages(reward: Tensor, cfg: RLVRConfig) -> Tensor:
-    """Group advantages (P, G) fp32 of `reward` (P, G); zero for a group of equal rewards."""
-    centred = reward - reward.mean(1, keepdim=True)
+    """Group advantages (P, G) fp32 of `reward` (P, G); zero for a group of equal rewards, and where a reward is NaN.
+
+    NaN is a completion without reward: the others of its group are compared without it.
+    """
+    centred, spread = reward - reward.nanmean(1, keepdim=True), deviation(reward)[:, None]
+    advantage = centred / (spread + cfg.advantage_eps) if cfg.normalize_advantage else centred
+    return advantage.where(~reward.isnan() & (spread > 0), 0.0)
+
+
+def deviation(reward: Tensor) -> Tensor:
+    """Standard deviation (P,) fp32 of each group of (P, G), NaN left out; exactly 0 where the rest is one number."""
+    known = ~reward.isnan()
+    of_the_known = (reward - reward.nanmean(1, keepdim=True)).square().nanmean(1).sqrt()
     # the population's deviation, so that one sample a prompt gives 0 and not NaN
-    scale = reward.std(1, keepdim=True, correction=0) + cfg.advantage_eps
-    return centred / scale if cfg.normalize_advantage else centred
+    spread = reward.std(1, correction=0).where(known.all(1), of_the_known)
+    # the mean of eight times 0.7 is not 0.7
+    return spread.where(reward.where(known, -torch.inf).amax(1) > reward.where(known, torch.inf).amin(1), 0.0)
 
 
 def token_weights(mask: Tensor, cfg: RLVRConfig) -> Tensor:

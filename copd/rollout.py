@@ -18,6 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 from copd.config import RolloutConfig
 from copd.model import Sequences, collate, extend, hidden_states
 from copd.task import Prompt, Task
+from copd_kernels import Head, reference
 
 
 class Special(NamedTuple):
@@ -128,7 +129,8 @@ def _generate(
     done = torch.zeros(last.shape[0], dtype=torch.bool, device=last.device)
     tokens, logps = [], []
     while True:
-        logits = model.lm_head(last).float() / cfg.temperature  # (B, V), the last position alone
+        # softcap and scale included, as every log-prob of the tokens will be
+        logits = reference.logits(Head.of(model, last)).float() / cfg.temperature  # (B, V), the last position alone
         logits[:, special.media] = -torch.inf
         logp = logits.log_softmax(-1)
         token = logp.argmax(-1) if greedy else torch.multinomial(logp.exp(), 1, generator=generator)[:, 0]

@@ -6,10 +6,12 @@ import pytest
 import torch
 from copd_cases import CPU, TASKS, make_branch, make_config, run
 
+from copd.branch import Branch
 from copd.config import OPDConfig, RLVRConfig
 from copd.distill import delta
+from copd.lab.tasks import vocabulary
 from copd.model import collate, extend, hidden_states, load_saved
-from copd.rlvr import advantages, policy_loss, token_weights
+from copd.rlvr import advantages, deviation, policy_loss, token_weights
 from copd.rollout import seed_of
 from copd_kernels import logprob
 
@@ -187,8 +189,6 @@ def test_the_sampled_signal_is_the_reverse_kl_gradient_in_expectation(tmp_path):
 def test_a_text_only_model_trains_by_the_same_code(tmp_path):
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    from copd.lab.tasks import vocabulary
-
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 16}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
     Qwen3ForCausalLM(Qwen3Config(vocab_size=256, eos_token_id=2, pad_token_id=0, **sizes, **heads)).save_pretrained(
@@ -197,6 +197,50 @@ def test_a_text_only_model_trains_by_the_same_code(tmp_path):
     vocabulary.tokenizer().save_pretrained(tmp_path)
     results = run(make_config(tmp_path, f"model.path={tmp_path}", domains=("text", "text2")))
     assert set(results["final"]) == {"base", "text", "text2", "merged"}
+
+
+@pytest.mark.parametrize(
+    ("family", "knob", "value"),
+    [
+        ("Gemma2", "final_logit_softcapping", 5.0),
+        ("Granite", "logits_scaling", 8.0),
+        ("Cohere2", "logit_scale", 0.0625),
+        ("Qwen3", "tie_word_embeddings", False),
+    ],
+)
+def test_the_sampler_and_the_loss_read_one_head(tmp_path, family, knob, value):
+    """Softcap and scale, and a head of its own that is not the embedding, whose logits are far from flat."""
+    import transformers
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 16, "vocab_size": 256}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.5}
+    special = {"eos_token_id": 2, "pad_token_id": 0, "bos_token_id": 1, "attn_implementation": "eager"}
+    options = sizes | heads | special | {knob: value}
+    config = getattr(transformers, f"{family}Config")(**options)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    model.get_output_embeddings().weight.data *= 20
+    cfg = make_config(tmp_path)
+    branch = Branch("text", [TASKS["text"]("text")], model, vocabulary.tokenizer(), cfg, CPU)
+    rollout = branch.rollout([branch.tasks[0].prompt(i) for i in range(3)], 0)
+    head, tokens = branch.head(rollout, slice(0, len(rollout.tokens)))
+    logp = logprob(head, tokens, temperature=cfg.rollout.temperature).logp
+    assert logp.std() > 0.1
+    torch.testing.assert_close(rollout.logp[rollout.mask], logp, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("value", [0.7, 1e6 + 0.1, -3.3e-5, 1 / 3])
+def test_equal_rewards_are_no_advantage_whatever_they_are(value):
+    reward = torch.full((2, 8), value)
+    reward[1, 3] = torch.nan
+    assert torch.equal(advantages(reward, RLVRConfig()), torch.zeros(2, 8))
+    assert torch.equal(deviation(reward), torch.zeros(2))
+
+
+def test_a_completion_without_reward_has_no_advantage_and_does_not_touch_the_others():
+    reward = torch.tensor([[0.0, 1.0, 1.0, torch.nan]])
+    known = advantages(reward[:, :3], RLVRConfig())
+    torch.testing.assert_close(advantages(reward, RLVRConfig()), torch.cat([known, torch.zeros(1, 1)], 1))
 
 
 def test_other_vision_models_are_refused(tmp_path):
