@@ -225,7 +225,7 @@ def test_the_sampler_and_the_loss_read_one_head(tmp_path, family, knob, value):
     rollout = branch.rollout([branch.tasks[0].prompt(i) for i in range(3)], 0)
     head, tokens = branch.head(rollout, slice(0, len(rollout.tokens)))
     logp = logprob(head, tokens, temperature=cfg.rollout.temperature).logp
-    assert logp.std() > 0.1
+    assert logp.std() > 0.03
     torch.testing.assert_close(rollout.logp[rollout.mask], logp, atol=1e-3, rtol=1e-3)
 
 
