@@ -9,9 +9,9 @@ from torch import Tensor
 
 from . import reference
 from ._ops import NAMESPACE
-from .checks import check, check_same_vocabulary, check_temperature, check_workspace
+from .checks import check, check_temperature, check_workspace
 from .flatten import Flat, flatten, logits_dtype, projections
-from .head import Head
+from .head import Head, check_same_vocabulary
 from .results import Agreement
 from .rows import load, resolve
 from .schedule import Workspace

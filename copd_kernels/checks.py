@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from .head import Head
 
 
 def check(op: str, argument: str, ok: bool, rule: str, got: object, fix: str = "") -> None:
@@ -66,15 +62,6 @@ def check_temperature(op: str, temperature: float) -> None:
 def check_workspace(op: str, workspace_bytes: int | None) -> None:
     ok = workspace_bytes is None or workspace_bytes > 0
     check(op, "workspace_bytes", ok, "be positive", workspace_bytes)
-
-
-def check_same_vocabulary(op: str, name: str, first: Head, others: dict[str, Head]) -> None:
-    fix = "pass vocab_size to cut padding rows off"
-    for other_name, other in others.items():
-        rule = f"have {name}'s vocabulary of {first.V} tokens"
-        check(op, other_name, other.V == first.V, rule, other.V, fix)
-        rule = f"be on {name}'s device {first.hidden.device}"
-        check(op, other_name, other.hidden.device == first.hidden.device, rule, other.hidden.device)
 
 
 def check_token_weight(

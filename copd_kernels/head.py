@@ -99,3 +99,12 @@ class Head:
         """The same head, outside the graph: how every teacher is read."""
         bias = None if self.bias is None else self.bias.detach()
         return Head(self.hidden.detach(), self.lm_head.detach(), bias, self.scale, self.softcap, self.vocab_size)
+
+
+def check_same_vocabulary(op: str, name: str, first: Head, others: dict[str, Head]) -> None:
+    fix = "pass vocab_size to cut padding rows off"
+    for other_name, other in others.items():
+        rule = f"have {name}'s vocabulary of {first.V} tokens"
+        check(op, other_name, other.V == first.V, rule, other.V, fix)
+        rule = f"be on {name}'s device {first.hidden.device}"
+        check(op, other_name, other.hidden.device == first.hidden.device, rule, other.hidden.device)

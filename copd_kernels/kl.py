@@ -20,7 +20,6 @@ from .checks import (
     check,
     check_divergence,
     check_integers,
-    check_same_vocabulary,
     check_token_weight,
     check_type,
     check_values,
@@ -35,7 +34,7 @@ from .flatten import (
     scale,
     wanted,
 )
-from .head import Head
+from .head import Head, check_same_vocabulary
 from .rows import load, resolve
 from .schedule import Gradients, Projection, Workspace
 

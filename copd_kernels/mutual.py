@@ -16,7 +16,6 @@ from ._ops import NAMESPACE
 from .checks import (
     check,
     check_divergence,
-    check_same_vocabulary,
     check_token_weight,
     check_type,
     check_workspace,
@@ -30,7 +29,7 @@ from .flatten import (
     scale,
     wanted,
 )
-from .head import Head
+from .head import Head, check_same_vocabulary
 from .results import MutualKL
 from .rows import load, resolve
 from .schedule import Gradients, Workspace
