@@ -87,21 +87,22 @@ class Branch:
     ) -> None:
         self.name, self.tasks, self.model, self.cfg, self.device = name, tasks, model, cfg, device
         self.processor, self.special = processor, special_tokens(model, processor)
-        self.frozen: nn.Module | None = None  # weights of the phase's start, for `opd.teacher: phase_start`
+        self.frozen: PreTrainedModel | None = None  # weights of the phase's start, for `opd.teacher: phase_start`
         if cfg.model.freeze_vision and hasattr(model.model, "visual"):
             model.model.visual.requires_grad_(False)
         if cfg.model.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.to("cpu" if cfg.offload else device)
+        model.to("cpu" if cfg.offload else device)  # type: ignore[arg-type]  # transformers wraps `to`
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         # fp32 weights of the optimiser; the model computes with their rounding when it is bf16
         self.master = [p if cfg.model.dtype == "float32" else p.detach().clone() for p in self.parameters]
         self.rounded = [(p, m) for p, m in zip(self.parameters, self.master, strict=True) if p is not m]
         model.to(getattr(torch, cfg.model.dtype))
+        first_beta, second_beta = cfg.optim.betas
         self.optimizer = torch.optim.AdamW(
             self.master,
             lr=cfg.optim.lr,
-            betas=tuple(cfg.optim.betas),
+            betas=(first_beta, second_beta),
             eps=cfg.optim.eps,
             weight_decay=cfg.optim.weight_decay,
         )
@@ -147,7 +148,7 @@ class Branch:
         keep = rollout.mask & ~rollout.truncated[:, None] if self.cfg.rollout.mask_truncated else rollout.mask
         return token_weights(keep, self.cfg.rlvr)
 
-    def head(self, rollout: Rollout, rows: slice, model: nn.Module | None = None) -> tuple[Head, Tensor]:
+    def head(self, rollout: Rollout, rows: slice, model: PreTrainedModel | None = None) -> tuple[Head, Tensor]:
         """The head over the N completion tokens of `rows`, and those tokens (N,)."""
         model = model or self.model
         hidden = hidden_states(model, rollout.sequences.take(rows))
@@ -178,7 +179,7 @@ class Branch:
         start, updates = time.perf_counter(), self.cfg.rlvr.updates_per_batch
         metrics: dict[str, Any] = {"domain": batches[0].domain}
         for batch in batches:
-            metrics |= batch.stats if batch.teacher is None else self._agreement(batch)
+            metrics |= batch.stats if batch.teacher is None else self._agreement(batch.rollout, batch.teacher)
         totals: Counter[str] = Counter()
         with self.on_device():
             for _ in range(updates):
@@ -225,6 +226,7 @@ class Branch:
                 seen = logprob(head, tokens, temperature=cfg.rollout.temperature)
                 old = batch.logp_old.setdefault(micro, seen.logp.detach())
                 if teacher is None:
+                    assert batch.advantage is not None  # a native batch has one
                     advantage = batch.advantage[rows][:, None].expand(mask.shape)[mask]
                     parts["entropy"] = (weight * seen.entropy.detach()).sum()
                     parts["sampling_logp_difference"] = (weight * (old - rollout.logp[rows][mask]).abs()).sum()
@@ -243,7 +245,7 @@ class Branch:
             (beta * loss).backward()
             self._collect()
             for name, value in parts.items():
-                totals[name] += value.item()
+                totals[name] += value.item()  # type: ignore[assignment]  # a Counter adds floats as well
         return totals
 
     def _collect(self) -> None:
@@ -259,10 +261,10 @@ class Branch:
         for parameter, master in self.rounded:
             parameter.data.copy_(master)
 
-    def _agreement(self, batch: Batch) -> dict[str, float]:
+    def _agreement(self, rollout: Rollout, teacher: TeacherScore) -> dict[str, float]:
         """Top-k overlap with, and δ of, a cross batch's teacher before the update, on the first tokens of the batch."""
-        name = batch.teacher.name
-        sums, deltas = self.compare(batch.rollout, batch.teacher, self.cfg.opd.overlap_tokens)
+        name = teacher.name
+        sums, deltas = self.compare(rollout, teacher, self.cfg.opd.overlap_tokens)
         if not len(deltas):
             return {}
         ends = {f"delta_min/{name}": deltas.min().item(), f"delta_max/{name}": deltas.max().item()}
@@ -288,9 +290,10 @@ class Branch:
                 limit -= len(tokens)
         return sums, torch.cat(deltas)
 
-    def freeze(self) -> None:
+    def freeze(self) -> PreTrainedModel:
         """Keeps a copy of the weights as they are now, to teach with until `thaw`."""
         self.frozen = copy.deepcopy(self.model).requires_grad_(False)
+        return self.frozen
 
     def thaw(self) -> None:
         self.frozen = None
@@ -309,8 +312,7 @@ class Branch:
             master.data.copy_(saved)
         self.optimizer.load_state_dict(state["optimizer"])
         if state["frozen"] is not None:
-            self.freeze()
-            self.frozen.load_state_dict(state["frozen"])
+            self.freeze().load_state_dict(state["frozen"])
 
     @contextmanager
     def on_device(self) -> Iterator[None]:
@@ -326,9 +328,9 @@ class Branch:
             self._move("cpu")
 
     def _move(self, device: torch.device | str) -> None:
-        self.model.to(device)
+        self.model.to(device)  # type: ignore[arg-type]  # transformers wraps `to`
         if self.frozen is not None:
-            self.frozen.to(device)
+            self.frozen.to(device)  # type: ignore[arg-type]  # transformers wraps `to`
         for master in self.master:
             master.data = master.data.to(device)
         # loading casts the moments to where their weights are

@@ -277,7 +277,9 @@ Schema = TypeVar("Schema")
 
 
 def load(
-    source: str | Path | dict[str, Any] | None, overrides: Sequence[str] = (), schema: type[Schema] = Config
+    source: str | Path | dict[str, Any] | None,
+    overrides: Sequence[str] = (),
+    schema: type[Schema] = Config,  # type: ignore[assignment]  # a default cannot be generic
 ) -> Schema:
     """A `schema` from a YAML file (or its tree; None for the defaults) with `key=value` overrides laid over it.
 
@@ -290,7 +292,8 @@ def load(
     OmegaConf.set_readonly(tree, False)
     try:
         layer = OmegaConf.load(source) if isinstance(source, str | Path) else source or {}
-        return OmegaConf.to_object(OmegaConf.merge(tree, layer, OmegaConf.from_dotlist(list(overrides))))
+        built: Any = OmegaConf.to_object(OmegaConf.merge(tree, layer, OmegaConf.from_dotlist(list(overrides))))
+        return built
     except OmegaConfBaseException as error:
         raise ValueError(f"config: {str(error).splitlines()[0]}; at {getattr(error, 'full_key', '?')}") from error
 
@@ -302,5 +305,7 @@ def dump(cfg: Config) -> str:
 
 def digest(*parts: Any) -> str:
     """Twelve hex digits that name any JSON-like or dataclass values."""
-    text = json.dumps([asdict(part) if is_dataclass(part) else part for part in parts], sort_keys=True)
+    text = json.dumps(
+        [asdict(part) if is_dataclass(part) and not isinstance(part, type) else part for part in parts], sort_keys=True
+    )
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()

@@ -38,7 +38,7 @@ class FileTask:
         self.functions = [rewards.load(reward) for reward in cfg.rewards]
         train = test = read(cfg.path, cfg.split, cfg.config_name)
         if cfg.test_path is None and cfg.test_split is None:
-            kept = range(len(train) - cfg.test_rows)
+            kept: Sequence[int] = range(len(train) - cfg.test_rows)
             held_out = range(len(kept), len(train))
         else:
             test = read(cfg.test_path or cfg.path, cfg.test_split or cfg.split, cfg.config_name)
@@ -109,18 +109,18 @@ class FileTask:
         if isinstance(frames, str):
             found = [path for path in (folder / frames).glob("*") if path.suffix.lower() in IMAGE_SUFFIXES]
             frames = sorted(found, key=_natural) or [frames]
-        found = []
+        media: list[list[Any]] = []
         for kind, items, rule in (
             ("images", images if isinstance(images, list) else [images], "be an image file"),
             ("video", frames, "be a folder of frames or a list of them"),
         ):
-            found.append([folder / item if isinstance(item, str) else item for item in items])
-            for item in found[-1]:
+            media.append([folder / item if isinstance(item, str) else item for item in items])
+            for item in media[-1]:
                 if isinstance(item, Path) and not item.is_file():
                     raise ValueError(f"{where}: {kind} must {rule}; got {item}")
                 if not isinstance(item, Path | Image.Image):
                     raise ValueError(f"{where}: {kind} must be paths; got {type(item).__name__}")
-        return found[0], found[1]
+        return media[0], media[1]
 
     def _prompt(self, index: int, split: Split) -> Prompt:
         images, frames = self._media(split, index)
@@ -159,7 +159,8 @@ class FileTask:
             if not isinstance(prompt, str):
                 raise ValueError(f"{where}: messages must have a chat template; got a model without, or chat false")
             return "\n\n".join(filter(None, [self.cfg.system_prompt, prompt]))
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else copy.deepcopy(prompt)
+        asked: list[dict[str, Any]] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        messages = copy.deepcopy(asked)
         if self.cfg.system_prompt is not None and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": self.cfg.system_prompt})
         for message in messages:
@@ -179,7 +180,7 @@ class FileTask:
 def unseen(train: Rows, kept: Sequence[int], test: Rows, held_out: Sequence[int]) -> Sequence[int]:
     """Those of `kept` that equal no held-out row. Media are decoded only where everything else is equal."""
 
-    def texts(rows: Rows) -> Rows:
+    def texts(rows: Any) -> Rows:
         if isinstance(rows, list):
             return [{name: value for name, value in row.items() if name not in MEDIA_COLUMNS} for row in rows]
         return rows.remove_columns([name for name in MEDIA_COLUMNS if name in rows.column_names])

@@ -7,6 +7,7 @@ import logging
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,13 +82,18 @@ class Log:
         return [record for record in self.records if record["kind"] == kind]
 
 
-def tracker(name: str, directory: Path, cfg: Config):
+def tracker(name: str, directory: Path, cfg: Config) -> Callable[[dict[str, float], int], object]:
     """A function (numbers, step) of one tracker; an `ImportError` names the package that is missing."""
     if name == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(str(directory / "tensorboard"))
-        return lambda numbers, step: [writer.add_scalar(key, value, step) for key, value in numbers.items()]
+
+        def write(numbers: dict[str, float], step: int) -> None:
+            for key, value in numbers.items():
+                writer.add_scalar(key, value, step)
+
+        return write
     if name == "wandb":
         import wandb as package
     else:

@@ -37,7 +37,7 @@ def load(cfg: ModelConfig, device: torch.device) -> tuple[PreTrainedModel, Any]:
         apply_liger(AutoConfig.from_pretrained(cfg.path).model_type)
     attention = cfg.attention or ("flash_attention_2" if flash else "sdpa")
     model, processor = load_saved(cfg.path, attn_implementation=attention)
-    return model.to(device), processor
+    return model.to(device), processor  # type: ignore[arg-type]  # transformers wraps `to`
 
 
 def load_saved(path: str | Path, **options: Any) -> tuple[PreTrainedModel, Any]:

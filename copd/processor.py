@@ -36,9 +36,9 @@ class PilProcessor(Qwen3VLProcessor):
         self.video_processor = FrameProcessor(image_processor, kwargs.get("video_processor", {}))
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, **kwargs: Any) -> PilProcessor:
-        processor = super().from_pretrained(path, **kwargs)
-        processor.video_processor.settings = _settings(path).get("video_processor", {})
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> PilProcessor:
+        processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        processor.video_processor.settings = _settings(pretrained_model_name_or_path).get("video_processor", {})
         return processor
 
     def to_dict(self) -> dict[str, Any]:

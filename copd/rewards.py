@@ -61,7 +61,7 @@ def math_verify(completions: list[Completion], answer: list[Any], **columns: Any
         forms = [] if want is None else [f"${want}$", str(want)]
         gold = next(filter(None, (parse(form, parsing_timeout=limit) for form in forms)), None)
         found = gold and verify(gold, parse(got, parsing_timeout=limit), timeout_seconds=limit)
-        rewards.append(None if gold is None else float(found))
+        rewards.append(None if gold is None else float(bool(found)))
     return rewards
 
 
@@ -140,7 +140,7 @@ def combine(
     if None in totals:
         nobody = f"None from all for completion {totals.index(None)}"
         raise ValueError(f"combine: one of {names} must apply to every row; got {nobody}")
-    return totals
+    return [total for total in totals if total is not None]
 
 
 def final_answer(text: str) -> str:

@@ -25,7 +25,7 @@ def main() -> None:
 def detail(backend: str, device: torch.device) -> str:
     if backend != "native" or device.type != "cpu":
         return ""
-    from . import _C
+    from . import _C  # type: ignore[attr-defined]  # compiled
 
     return f" ({_C.isa()}{', CUDA part built' if _C.has_cuda else ', no CUDA part'})"
 

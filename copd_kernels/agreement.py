@@ -44,11 +44,12 @@ def agreement_op(
         outputs[0][:, chunk] = rows.overlap(z, 0, teachers, k)
         outputs[1][:, chunk] = rows.kl(z, 0, teachers, "forward", 0.5)
         outputs[2][:, chunk] = rows.kl(z, 0, teachers, "reverse", 0.5)
-    return tuple(outputs)
+    overlap, forward_kl, reverse_kl = outputs
+    return overlap, forward_kl, reverse_kl
 
 
 @agreement_op.register_fake
-def _(hidden, *_: Any):
+def _(hidden: list[Tensor], *_: Any) -> tuple[Tensor, ...]:
     shape, dtype = (len(hidden) - 1, hidden[0].shape[0]), logits_dtype(hidden)
     return tuple(hidden[0].new_empty(shape, dtype=dtype) for _ in range(3))
 

@@ -101,8 +101,10 @@ def kl_op(
 
     result = d if per_token else d.sum()
     if gradients is None:
-        return result, *(d.new_empty(0) for _ in range(3)), d.new_ones(())
-    return result, *gradients.tensors(), gradients.unit
+        dhidden, dlm_head, dbias = (d.new_empty(0) for _ in range(3))
+        return result, dhidden, dlm_head, dbias, d.new_ones(())
+    dhidden, dlm_head, dbias = gradients.tensors()
+    return result, dhidden, dlm_head, dbias, gradients.unit
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ def segments(N: int, teachers: list[Projection], teacher_index: Tensor | None) -
 
 
 @kl_op.register_fake
-def _(
+def _(  # type: ignore[no-untyped-def]  # the types are those of kl_op
     hidden, lm_head, bias, teacher_hidden, teacher_lm_head, teacher_bias, teacher_weight, teacher_index,
     token_weight, scales, softcaps, vocab_sizes, divergence, beta, temperature, backend, workspace_bytes,
     per_token, want,
@@ -142,7 +144,7 @@ def _(
     return result, *fake_gradients(hidden, lm_head, want, dtype), hidden.new_empty((), dtype=dtype)
 
 
-def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, *gradients, unit = output
     student, lists, weights, rest = inputs[:3], inputs[3:6], inputs[6:9], inputs[9:]
     ctx.set_materialize_grads(False)
@@ -155,7 +157,7 @@ def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
         ctx.save_for_backward(*gradients, unit)
 
 
-def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple:
+def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Any, ...]:
     nothing = [None] * ctx.T
     student = [None] * 3
     needs = ctx.needs_input_grad[:3]
@@ -259,7 +261,7 @@ def kl(
 
     name = resolve("kl", backend, device)
     if name == "reference":
-        if teacher_index is None:
+        if teacher_weight is not None:
             wide = (T, *[1] * len(shape)) if teacher_weight.dim() == 1 else teacher_weight.shape
             teacher_weight = teacher_weight.reshape(wide).expand(T, *shape)
         return reference.kl(
@@ -274,16 +276,12 @@ def kl(
             reduction=reduction,
         )
     flat = flatten([student, *(teacher.detach() for teacher in teachers)])
-    if teacher_index is None:
-        teacher_weight = teacher_weight.reshape(T, -1)
-    else:
-        teacher_weight = token_weight.new_ones(1, 1)
-        teacher_index = teacher_index.reshape(-1)
-    result = kl_op(
+    teacher_weight = token_weight.new_ones(1, 1) if teacher_weight is None else teacher_weight.reshape(T, -1)
+    result: Tensor = kl_op(
         *(tensors[0] for tensors in flat[:3]),
         *(tensors[1:] for tensors in flat[:3]),
         teacher_weight,
-        teacher_index,
+        None if teacher_index is None else teacher_index.reshape(-1),
         token_weight.reshape(-1),
         *flat[3:],
         divergence,

@@ -49,7 +49,8 @@ def logprob_op(
         results = rows.logprob(z, torch.where(keep, tokens[chunk], 0))
         for output, result in zip(outputs, results, strict=True):
             output[chunk] = torch.where(keep, result, 0)
-    return *outputs, kept
+    logp, entropy, lse = outputs
+    return logp, entropy, lse, kept
 
 
 @torch.library.custom_op(f"{NAMESPACE}::logprob_backward", mutates_args=())
@@ -101,19 +102,22 @@ def single(
 
 
 @logprob_op.register_fake
-def _(hidden, lm_head, bias, tokens, numbers, V, temperature, ignore_index, backend, workspace_bytes, recompute):
+def _(
+    hidden: Tensor, lm_head: Tensor, bias: Tensor | None, tokens: Tensor, numbers: list[float], V: int, *rest: Any
+) -> tuple[Tensor, ...]:
+    *_, workspace_bytes, recompute = rest
     dtype = logits_dtype([hidden])
     per_token = [hidden.new_empty(hidden.shape[:1], dtype=dtype) for _ in range(3)]
     return *per_token, empty_logits(hidden, V, dtype, workspace_bytes, recompute)
 
 
 @logprob_backward.register_fake
-def _(hidden, lm_head, bias, *rest: Any):
+def _(hidden: Tensor, lm_head: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     dtype = logits_dtype([hidden])
     return *fake_gradients(hidden, lm_head, rest[-1], dtype), hidden.new_empty((), dtype=dtype)
 
 
-def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *_, kept = output
     # or a (N, V) of zeros would be made for it
     ctx.set_materialize_grads(False)
@@ -122,7 +126,7 @@ def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     *ctx.rest, _ = inputs[4:]
 
 
-def _backward(ctx: Any, *upstream: Tensor) -> tuple:
+def _backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
     needs = list(ctx.needs_input_grad[:3])
     *saved, kept = ctx.saved_tensors
     hidden, *_, tokens = saved

@@ -85,11 +85,11 @@ def mutual_op(
         for student, its_edges in lessons.items():
             call = (z, student, [pairs[e][1] for e in its_edges], divergence, beta)
             if student in gradients:
-                mine = gradients[student]
-                dlogits = space.dlogits(chunk, mine.dlogits_dtype)
-                factor = torch.stack([weight[e, chunk] for e in its_edges]) * mine.factor
+                gradient = gradients[student]
+                dlogits = space.dlogits(chunk, gradient.dlogits_dtype)
+                factor = torch.stack([weight[e, chunk] for e in its_edges]) * gradient.factor
                 value = rows.kl(*call, factor, heads[student].cap, dlogits)
-                mine.add(dlogits, inputs[student], chunk)
+                gradient.add(dlogits, inputs[student], chunk)
             else:
                 value = rows.kl(*call)
             for e, kl in zip(its_edges, torch.where(u == 0, 0, u * value).sum(1), strict=True):
@@ -106,7 +106,9 @@ def mutual_op(
 
 
 @mutual_op.register_fake
-def _(hidden, lm_head, bias, edge_weight, token_weight, *rest: Any):
+def _(
+    hidden: list[Tensor], lm_head: list[Tensor], bias: list[Tensor | None], edge_weight: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     dtype, want = logits_dtype(hidden), rest[-1]
     empty = hidden[0].new_empty
     made: list[Tensor] = []
@@ -116,7 +118,7 @@ def _(hidden, lm_head, bias, edge_weight, token_weight, *rest: Any):
     return empty((), dtype=dtype), empty(edge_weight.shape, dtype=dtype), made
 
 
-def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     _, edge_sum, made = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(edge_sum, *made)
@@ -124,7 +126,7 @@ def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(*made)
 
 
-def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple:
+def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
     K = len(ctx.dtypes)
     result: list[list[Tensor | None]] = [[None] * K for _ in range(3)]
     if upstream is not None:

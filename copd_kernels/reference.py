@@ -117,6 +117,7 @@ def kl(
     d = token_weight.new_zeros(token_weight.shape)
     for j, teacher in enumerate(teachers):
         if teacher_index is None:
+            assert teacher_weight is not None  # one of the two is given
             owned, weight = torch.ones_like(token_weight, dtype=torch.bool), teacher_weight[j]
             theirs = token_weight != 0
         else:

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -109,7 +110,7 @@ class Gradients:
         weight: Tensor,
     ) -> None:
         N, D = head.hidden.shape
-        kind = {"dtype": weight.dtype, "device": weight.device}
+        kind: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}
         self.head, self.want = head, want
         self.dhidden = torch.zeros((N, D) if want[0] else 0, **kind)
         self.dlm_head = torch.empty((padded, D) if want[1] else 0, **kind)
@@ -119,7 +120,7 @@ class Gradients:
             self.dlm_head[head.V :].zero_()
         narrow = head.operand if head.operand != weight.dtype else None
         self.dlogits_dtype = narrow
-        headroom = HEADROOM.get(narrow, 1.0)
+        headroom = 1.0 if narrow is None else HEADROOM.get(narrow, 1.0)
         power = power_of_two(weight)
         self.factor = headroom / power  # of the weights
         self.unit = power * (head.alpha / headroom)
@@ -128,11 +129,10 @@ class Gradients:
         """Projects a chunk's (R, V) dlogits back."""
         head = self.head
         if self.want[0]:
-            direct = isinstance(rows, slice)
-            dhidden = self.dhidden[rows] if direct else self.dhidden.new_empty(hidden.shape)
+            dhidden = self.dhidden[rows] if isinstance(rows, slice) else self.dhidden.new_empty(hidden.shape)
             for v, weight in head.tiles():
                 addmm(dhidden, dlogits[:, v], weight, accumulate=v.start > 0)
-            if not direct:
+            if not isinstance(rows, slice):
                 self.dhidden.index_copy_(0, rows, dhidden)
         if self.want[1]:
             addmm(self.dlm_head[: head.V], dlogits.T, hidden, accumulate=self.started)

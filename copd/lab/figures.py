@@ -10,15 +10,17 @@ import io
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 BRANCH_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"]
 COLOURS = {"base": "#BBBBBB", "averaged": "#777777", "mixed": "#56B4E9", "mopd": "#8C6D31", "merged": "#222222"}
-STYLE = {
+STYLE: Any = {
     "font.size": 9.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -77,7 +79,8 @@ def bars(models: list[tuple[str, str, bool]], columns: dict[str, list[list[float
     with _figure(1, len(columns), 0.27 * len(models) + 0.8, sharey=True) as (figure, axes):
         for axis, (title, rows) in zip(axes[0], columns.items(), strict=True):
             for y, ((_, shade, hatched), values) in enumerate(zip(models, rows, strict=True)):
-                mean, error = (100 * x if x is not None else None for x in mean_error(values))
+                share, spread = mean_error(values)
+                mean, error = 100 * share, None if spread is None else 100 * spread
                 style = {"facecolor": "white", "edgecolor": shade, "hatch": "////"} if hatched else {"color": shade}
                 axis.barh(y, mean, height=0.72, xerr=error, error_kw={"lw": 1, "capsize": 2}, **style)
                 axis.text(mean + (error or 0) + 2, y, f"{mean:.1f}", va="center", fontsize=8.5)
@@ -116,10 +119,9 @@ def lines(rows: list[list[Panel]], height: float) -> str:
 
 
 @contextmanager
-def _figure(rows: int, columns: int, height: float, **options: bool) -> Iterator[tuple[Figure, np.ndarray]]:
+def _figure(rows: int, columns: int, height: float, **options: Any) -> Iterator[tuple[Figure, np.ndarray]]:
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
-        figure.get_layout_engine().set(h_pad=0.08)
+        figure = Figure(figsize=(WIDTH, height), layout=ConstrainedLayoutEngine(h_pad=0.08))
         yield figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 

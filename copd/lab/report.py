@@ -50,7 +50,7 @@ def write(directory: Path, output: Path | None = None) -> None:
     environment = Environment(
         loader=PackageLoader("copd.lab"),
         undefined=StrictUndefined,
-        autoescape=lambda template: template.endswith("html.j2"),
+        autoescape=lambda template: template is not None and template.endswith("html.j2"),
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -122,7 +122,7 @@ class Suite:
         branched = self.runs["copd"] or self.control
         # updates of one branch
         self.steps = next(iter(branched.values()))["phases"][-1][2] if branched else 0
-        self.phases = next(iter(self.runs["copd"].values()), {"phases": []})["phases"]
+        self.phases: list[tuple[str, int, int]] = next(iter(self.runs["copd"].values()), {"phases": []})["phases"]
         self.seeds = max(len(runs) for runs in self.runs.values())
         self.models = self._models()
         self.columns = [*self.first["domains"], "overall"]

@@ -25,7 +25,8 @@ SYNTHETIC = {"arithmetic": Arithmetic, "count": Count, "motion": Motion}
 def start(cfg: LabConfig, device: torch.device) -> Start:
     """The base, its processor and the tasks, for `copd.train.run`."""
     if cfg.model.path is None:
-        model, processor = build_tiny(cfg.model, cfg.seed).to(device), vocabulary.tokenizer()
+        model = build_tiny(cfg.model, cfg.seed).to(device)  # type: ignore[arg-type]  # transformers wraps `to`
+        processor: Any = vocabulary.tokenizer()
     else:
         model, processor = load(cfg.model, device)
     tasks = {name: make_task(name, branch, processor) for name, branch in cfg.branches.items()}

@@ -51,7 +51,7 @@ def warm_start(model: PreTrainedModel, processor: Any, tasks: list[Task], cfg: L
             scratch.rename(cached)
         except OSError:
             shutil.rmtree(scratch)
-    return load_saved(cached)[0].to(model.device)
+    return load_saved(cached)[0].to(model.device)  # type: ignore[arg-type]  # transformers wraps `to`
 
 
 def _train(

@@ -72,7 +72,8 @@ class Run:
     def __init__(self, cfg: Config, base: PreTrainedModel, processor: Any, tasks: Mapping[str, Task]) -> None:
         self.cfg, self.directory, self.device = cfg, cfg.run_dir, device_of(cfg)
         # branches are copies: the base itself need not stay on the device
-        self.base, self.processor, self.tasks = base.to("cpu"), processor, tasks
+        self.base = base.to("cpu")  # type: ignore[arg-type]  # transformers wraps `to`
+        self.processor, self.tasks = processor, tasks
         self.plan = make_plan(cfg, tasks, self.branch, self._expert)
         state_memory(self.plan.branches)
 
@@ -99,7 +100,7 @@ class Run:
         (self.directory / "config.yaml").write_text(config.dump(cfg))
         if done == 0:
             evaluate.measure(plan, self.tasks, log, 0)
-        interrupted = []
+        interrupted: list[bool] = []
         previous = signal.signal(signal.SIGINT, lambda *_: _interrupt(interrupted))
         clock = time.perf_counter()
         try:

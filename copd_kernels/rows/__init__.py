@@ -47,7 +47,7 @@ def resolve(op: str, backend: str | None, device: Device) -> str:
 
 
 # a machine does not change while torch.compile traces
-@assume_constant_result
+@assume_constant_result  # type: ignore[untyped-decorator]  # torch gives it no types
 def missing(name: str, device: Device) -> str | None:
     """Why a backend cannot run on this device, with what would change that; None if it can."""
     if name == "triton":
@@ -80,7 +80,7 @@ def native_failure() -> str | None:
 
 
 def native_cuda_missing(device: Device) -> str | None:
-    from .. import _C
+    from .. import _C  # type: ignore[attr-defined]  # compiled
 
     if not _C.has_cuda:
         return "csrc/ is built without its CUDA part; run `COPD_CUDA=1 pip install -e .` with nvcc"

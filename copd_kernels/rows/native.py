@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _C
+from .. import _C  # type: ignore[attr-defined]  # compiled
 from .torch import overlap as torch_overlap
 
 # in the order of rows.h
@@ -13,9 +13,9 @@ DIVERGENCES = ("reverse", "forward", "symmetric", "jsd")
 
 
 def logprob(z: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    results = tuple(z.new_empty(z.shape[1]) for _ in range(3))
-    call_logprob(z, tokens, results, None, None)
-    return results
+    logp, entropy, lse = (z.new_empty(z.shape[1]) for _ in range(3))
+    call_logprob(z, tokens, (logp, entropy, lse), None, None)
+    return logp, entropy, lse
 
 
 def logprob_grad(
@@ -33,8 +33,8 @@ def logprob_grad(
 def call_logprob(
     z: Tensor, tokens: Tensor, numbers: tuple[Tensor, ...], cap: float | None, dlogits: Tensor | None
 ) -> None:
-    tokens, numbers = tokens.contiguous(), [x.contiguous() for x in numbers]
-    addresses = [x.data_ptr() for x in numbers]
+    tokens, dense = tokens.contiguous(), [x.contiguous() for x in numbers]
+    addresses = [x.data_ptr() for x in dense]
     _, R, V = z.shape
     with torch.cuda.device_of(z):
         _C.logprob(z.data_ptr(), name(z), R, V, tokens.data_ptr(), addresses, *gradient(z, cap, dlogits), *place(z))

@@ -74,13 +74,13 @@ def kl(
 ) -> Tensor:
     value = z.new_empty(len(teachers), z.shape[1])
     for rows, scratch in blocks(z, 5):
-        w = None if dlogits is None else weight[:, rows]
+        w = None if dlogits is None or weight is None else weight[:, rows]
         others = [z[j, rows] for j in teachers]
         if divergence == "jsd":
             value[:, rows], g = _jsd(z[student, rows], others, beta, w, scratch)
         else:
             value[:, rows], g = _kl(z[student, rows], others, divergence, w, scratch)
-        if g is not None:
+        if g is not None and dlogits is not None:
             finish(g, z[student, rows], cap, dlogits[rows])
     return value
 

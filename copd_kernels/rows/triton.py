@@ -118,7 +118,7 @@ def kl(
             z, s.max, s.top, s.p_top, t.max, t.p_top, gap, offset, number(z, beta), *sums, *place, tiles, **shape
         )
         to_teacher, to_student, moment = sums.sum(-1)
-        value = beta * to_teacher + (1 - beta) * to_student
+        value: Tensor = beta * to_teacher + (1 - beta) * to_student
         if weight is not None:
             weight, mean = (1 - beta) * weight, moment
     elif divergence == "reverse":
@@ -127,7 +127,7 @@ def kl(
         value = kl_from(t, s)
     else:
         value = kl_from(s, t) + kl_from(t, s)
-    if dlogits is None:
+    if dlogits is None or weight is None:
         return value
 
     centre, at_top = kl_gradient(divergence, weight, s, t, mean)
