@@ -87,6 +87,7 @@ class Branch:
     ) -> None:
         self.name, self.tasks, self.model, self.cfg, self.device = name, tasks, model, cfg, device
         self.processor, self.special = processor, special_tokens(model, processor)
+        self.updates = 0  # optimiser steps of this process
         self.frozen: PreTrainedModel | None = None  # weights of the phase's start, for `opd.teacher: phase_start`
         if cfg.model.freeze_vision and hasattr(model.model, "visual"):
             model.model.visual.requires_grad_(False)
@@ -125,12 +126,14 @@ class Branch:
         reward = rewards(task, rollout)
         spread = deviation(reward)
         stats = {
-            "reward": reward.mean().item(),
+            "reward": reward.nanmean().item(),
             "reward_std": spread.mean().item(),
             "frac_reward_zero_std": (spread == 0).float().mean().item(),
         }
+        stats |= getattr(task, "reward_stats", {})
         advantage = advantages(reward, cfg.rlvr).flatten().to(rollout.mask.device)
-        return Batch(task.name, rollout, self._weights(rollout), advantage=advantage, stats=stats)
+        known = ~reward.isnan().flatten().to(rollout.mask.device)
+        return Batch(task.name, rollout, self._weights(rollout, known), advantage=advantage, stats=stats)
 
     def cross_batch(self, teacher: Branch, step: int, shared_by: int = 1) -> Batch:
         """This policy's rollouts on the teacher's prompts, scored by the teacher as it is now."""
@@ -144,9 +147,9 @@ class Branch:
         keep = cfg.opd.overlap_tokens if cfg.opd.signal == "sampled" else math.inf
         return Batch(task.name, rollout, self._weights(rollout), teacher=teacher.score(rollout, keep))
 
-    def _weights(self, rollout: Rollout) -> Tensor:
+    def _weights(self, rollout: Rollout, known: Tensor | None = None) -> Tensor:
         keep = rollout.mask & ~rollout.truncated[:, None] if self.cfg.rollout.mask_truncated else rollout.mask
-        return token_weights(keep, self.cfg.rlvr)
+        return token_weights(keep if known is None else keep & known[:, None], self.cfg.rlvr)
 
     def head(self, rollout: Rollout, rows: slice, model: PreTrainedModel | None = None) -> tuple[Head, Tensor]:
         """The head over the N completion tokens of `rows`, and those tokens (N,)."""
@@ -189,6 +192,7 @@ class Branch:
                 if not torch.isfinite(grad_norm):
                     rule = f"update: gradient of branch {self.name!r} must be finite"
                     raise NonFiniteLoss(f"{rule}; got {grad_norm}", batches[-1])
+                self.updates += 1
                 self.optimizer.step()
                 self.optimizer.zero_grad()
                 self._publish()
@@ -197,12 +201,18 @@ class Branch:
             if values := [value for key, value in metrics.items() if key.startswith(f"{name}/")]:
                 metrics[name] = sum(values) / len(values)
         truncated = torch.cat([batch.rollout.truncated for batch in batches])
-        tokens = sum(int(batch.rollout.mask.sum()) for batch in batches)
+        length = torch.cat([batch.rollout.mask.sum(1) for batch in batches]).float()
+        weighed = torch.cat([batch.weight.any(1) for batch in batches])
+        for kind, lengths in (("", length), ("terminated_", length[~truncated])):
+            for name, value in (("mean", torch.mean), ("min", torch.min), ("max", torch.max)):
+                metrics[f"completions/{name}_{kind}length"] = value(lengths).item() if len(lengths) else 0.0
         return metrics | {
             "grad_norm": grad_norm.item(),
-            "completions/mean_length": tokens / len(truncated),
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
             "completions/clipped_ratio": truncated.float().mean().item(),
-            "tokens": tokens,
+            "completions/weighed_ratio": weighed.float().mean().item(),
+            "num_tokens": sum(int(batch.rollout.sequences.attention_mask.sum()) for batch in batches),
+            "tokens": int(length.sum()),
             "rollouts": len(truncated),
             "update_time": time.perf_counter() - start,
         }

@@ -5,55 +5,113 @@ Weights, master weights and optimiser are all there is to save: data order and s
 
 from __future__ import annotations
 
-import shutil
-from dataclasses import asdict
+import logging
+import re
+import zipfile
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from copd import data, files
 from copd.branch import Branch
-from copd.config import Config, digest, dump
+from copd.config import Config, DataConfig, dump
 
-# settings that may change between a run and its continuation
-PLACE = {"name", "output_dir", "variant", "device", "threads"}
-HOUSEKEEPING = {"resume", "report_to", "checkpoint_every", "keep_checkpoints"}
+logger = logging.getLogger("copd")
+# settings that may change between a run and its continuation: where it runs, ...
+PLACE = {"name", "output_dir", "variant", "device", "threads", "resume", "report_to", "warmstart.cache_dir"}
+# ... what is kept and measured of it, how long it goes on, ...
+KEPT = {"checkpoint_every", "keep_checkpoints", "checkpoint_required", "eval", "merge", "opd.overlap_tokens"}
+LENGTH = {"cycles", "mixed_steps", "mopd_steps"}
+# ... and what makes room: the sums are the same but for rounding, the samples come from the same distribution
+ROOM = {"micro_batch_tokens", "offload", "rollout.chunk_prompts", "model.activation_checkpointing"}
 
 
-def identity(cfg: Config) -> str:
-    """Names what a checkpoint must agree on with the run that continues it."""
-    return digest({key: value for key, value in asdict(cfg).items() if key not in PLACE | HOUSEKEEPING})
+def identity(cfg: Config) -> dict[str, Any]:
+    """What a checkpoint must agree on with the run that continues it: settings, and digests of data and code."""
+    free = PLACE | KEPT | LENGTH | ROOM
+    if cfg.method != "copd":  # whose phases do not alternate
+        free |= {"rl_steps", "opd_steps"}
+    found: dict[str, Any] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if prefix in free:
+            return
+        if isinstance(value, DataConfig):
+            found.update({f"{prefix}: {what}": digest for what, digest in data.fingerprint(value).items()})
+        if is_dataclass(value):
+            for field in fields(value):
+                walk(f"{prefix}.{field.name}".strip("."), getattr(value, field.name))
+        elif prefix == "branches":
+            for name, branch in value.items():
+                walk(f"{prefix}.{name}", branch)
+        else:
+            found[prefix] = value
+
+    walk("", cfg)
+    return found
+
+
+def same(saved: dict[str, Any], cfg: Config, where: str) -> None:
+    """Raises `ValueError` naming what changed. Settings that the saved run did not know yet are taken as they are."""
+    now = identity(cfg)
+    branches = {key for key in saved.keys() ^ now.keys() if key.startswith("branches.") and key.count(".") == 2}
+    changed = [key for key in now if key in saved and saved[key] != now[key]] + sorted(branches)
+    if changed:
+        got = ", ".join(f"{key} {now.get(key)!r} after {saved.get(key)!r}" for key in changed)
+        raise ValueError(f"resume: config must be the one of {where}; got {got}; choose another name, or resume=false")
 
 
 def save(directory: Path, step: int, branches: list[Branch], cfg: Config) -> Path:
     """Writes `checkpoint-<step>` whole or not at all, and removes the oldest beyond `cfg.keep_checkpoints`."""
     target = directory / f"checkpoint-{step}"
-    scratch = directory / f".checkpoint-{step}"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    states = {branch.name: branch.state() for branch in branches}
-    torch.save({"step": step, "identity": identity(cfg), "branches": states}, scratch / "state.pt")
-    (scratch / "config.yaml").write_text(dump(cfg))
-    shutil.rmtree(target, ignore_errors=True)
-    scratch.rename(target)
-    for old in found(directory)[: -cfg.keep_checkpoints or None]:
+    with files.whole(target) as scratch:
+        scratch.mkdir()
+        states = {branch.name: branch.state() for branch in branches}
+        torch.save({"step": step, "identity": identity(cfg), "branches": states}, scratch / "state.pt")
+        (scratch / "config.yaml").write_text(dump(cfg))
+    for old in found(directory)[: -cfg.keep_checkpoints]:
         if old != target:
-            shutil.rmtree(old)
+            files.discard(old)
     return target
 
 
 def found(directory: Path) -> list[Path]:
     """Checkpoints of a run, oldest first."""
-    return sorted(directory.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    steps = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in directory.glob("checkpoint-*/")}
+    return sorted((path for path in steps if steps[path]), key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def resume(directory: Path, branches: list[Branch], cfg: Config) -> int:
+    """Restores the newest checkpoint that can be read; returns the steps done, 0 where there is none."""
+    paths = found(directory)
+    for path in reversed(paths):
+        try:
+            return load(path, branches, cfg)
+        except (OSError, EOFError, RuntimeError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            logger.warning("resume: %s cannot be read (%s)", path, reason)
+    if paths:
+        raise ValueError(f"resume: a checkpoint in {directory} must be readable; got none; resume=false starts anew")
+    return 0
 
 
 def load(path: Path, branches: list[Branch], cfg: Config) -> int:
-    """Restores all branches; returns the steps done. Raises `ValueError` for a checkpoint of another config."""
-    saved = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-    if saved["identity"] != identity(cfg):
-        raise ValueError(
-            f"resume: config must be the one {path} was written with (see its config.yaml); got another; "
-            "choose another name, or resume=false"
-        )
+    """Restores all branches; returns the steps done.
+
+    Raises `ValueError` for a checkpoint of another config, `OSError` or `RuntimeError` for one that is damaged.
+    """
+    file = path / "state.pt"
+    try:
+        with zipfile.ZipFile(file) as archive:  # torch writes checksums, and does not read them
+            damaged = archive.testzip()
+    except zipfile.BadZipFile as error:
+        raise OSError(f"{file} is cut off or no checkpoint: {error}") from error
+    if damaged:
+        raise OSError(f"{file} is damaged at {damaged}")
+    saved = torch.load(file, map_location="cpu", weights_only=True)
+    same(saved["identity"], cfg, f"{path} (see its config.yaml)")
     for branch in branches:
         branch.load_state(saved["branches"][branch.name])
-    return saved["step"]
+    return int(saved["step"])

@@ -4,46 +4,60 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import transformers
 
-from copd import config, evaluate, train
-from copd.branch import Branch
+from copd import config, evaluate, files, train
+from copd.branch import Branch, NonFiniteLoss
 from copd.config import MergeConfig
 from copd.lab import report, study
 from copd.lab.config import LabConfig
 from copd.lab.start import make_task, start
+from copd.lab.tasks import vocabulary
 from copd.merge import merge
 from copd.model import load, load_like, load_saved
+from copd.processor import load_processor
+from copd.train.health import Unhealthy
 
 
 def run_train(args: argparse.Namespace, cfg: LabConfig) -> None:
     if args.dry_run:
         print(config.dump(cfg), end="")
+        check(cfg)
         return
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     transformers.utils.logging.disable_progress_bar()
-    try:
-        results = train.run(cfg, start)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    results = train.run(cfg, start)
     report.write(cfg.run_dir)
     for name, domains in results["final"].items():
-        print(f"{name:>10}  " + "  ".join(f"{domain} {record['accuracy']:.3f}" for domain, record in domains.items()))
+        print(f"{name:>10}  " + "  ".join(f"{domain} {report.value(record):.3f}" for domain, record in domains.items()))
     print(f"{cfg.run_dir}: results.json, results.md, report.html")
+
+
+def check(cfg: LabConfig) -> None:
+    """What can be known without the weights: data, rewards, tokenizer, trackers. Raises what a run would."""
+    processor = load_processor(cfg.model.path) if cfg.model.path else vocabulary.tokenizer()
+    for name, owned in cfg.branches.items():
+        make_task(name, owned, processor).prompt(0)
+    for name in cfg.report_to:
+        if find_spec(name) is None:
+            raise ImportError(f"config: report_to must name installed packages; got {name}, which is not")
 
 
 def run_study(args: argparse.Namespace, plan: study.Study) -> None:
     failed, directory = study.run(plan), Path(plan.output_dir)
-    report.write(directory)
-    print((directory / "results.md").read_text())
-    print(f"{directory}: results.json, results.md, report.html")
+    if any(not files.is_aside(path) for path in directory.glob("*/*/results.json")):
+        report.write(directory)
+        print((directory / "results.md").read_text())
+        print(f"{directory}: results.json, results.md, report.html")
     if failed:
-        sys.exit("study: failed: " + ", ".join(map(str, failed)))
+        sys.exit("\n".join(["study: failed:", *map(study.ending, failed)]))
 
 
 def run_eval(args: argparse.Namespace, cfg: LabConfig) -> None:
@@ -54,8 +68,9 @@ def run_eval(args: argparse.Namespace, cfg: LabConfig) -> None:
             task = make_task(name, owned, processor)
             branch = Branch(folder, [task], model, processor, cfg, device)
             record, _ = evaluate.accuracy(branch, task, cfg.eval.prompts, cfg.eval.samples)
-            sampled, greedy = record["accuracy"], record["accuracy_greedy"]
-            print(f"{folder}  {name}  accuracy {sampled:.3f}  greedy {greedy:.3f}  ({record['samples']} samples)")
+            what = "accuracy" if "accuracy" in record else "reward"
+            sampled, greedy = record[what], record[f"{what}_greedy"]
+            print(f"{folder}  {name}  {what} {sampled:.3f}  greedy {greedy:.3f}  ({record['samples']} samples)")
 
 
 def run_merge(args: argparse.Namespace, cfg: MergeConfig) -> None:
@@ -64,8 +79,9 @@ def run_merge(args: argparse.Namespace, cfg: MergeConfig) -> None:
     model, processor = load_saved(args.base or args.branches[0])
     states = {folder: load_like(Path(folder), model, processor).state_dict() for folder in args.branches}
     model.load_state_dict(merge(model.state_dict(), states, cfg))
-    model.save_pretrained(args.out)
-    processor.save_pretrained(args.out)
+    with files.whole(Path(args.out)) as scratch:
+        model.save_pretrained(scratch)
+        processor.save_pretrained(scratch)
 
 
 def run_report(args: argparse.Namespace, cfg: None) -> None:
@@ -85,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     sub = command(run_train, LabConfig, "train one run")
     sub.add_argument("--config", help="YAML file over the defaults of copd/config.py and copd/lab/config.py")
-    sub.add_argument("--dry-run", action="store_true", help="print the resolved config and stop")
+    sub.add_argument("--dry-run", action="store_true", help="print the resolved config, check what it names, and stop")
     sub = command(run_study, study.Study, "run all methods, suites and seeds")
     sub.add_argument("--config", required=True)
     sub = command(run_eval, LabConfig, "accuracy of saved models on a config's domains")
@@ -108,4 +124,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         cfg = config.load(args.config, overrides, args.schema) if args.schema else None
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
-    args.run(args, cfg)
+    try:
+        args.run(args, cfg)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError, ImportError, NonFiniteLoss, Unhealthy) as error:
+        if os.environ.get("COPD_DEBUG"):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        sys.exit(f"copd: {reason} (COPD_DEBUG=1 shows where)")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
@@ -59,12 +60,16 @@ class DataConfig:
     """text or chat messages"""
     chat: bool = True
     """a prompt goes through the model's chat template, if it has one; False takes text as it is"""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """handed to the chat template, as Qwen3's `enable_thinking`"""
     system_prompt: str | None = None
     """put before every prompt that has no system message"""
     rewards: list[str] = field(default_factory=lambda: ["exact_match"])
     """names in `copd.rewards`, or `module:function` with TRL's signature"""
     reward_weights: list[float] | None = None
     """weight of each reward; None is 1 each"""
+    max_failed_rewards: float = 0.25
+    """share of a batch whose rewards may fail: those completions are logged and left out of the loss"""
     max_prompt_tokens: int | None = None
     """longest prompt, media included; None for no limit"""
     overlong: Literal["error", "next"] = "error"
@@ -242,11 +247,13 @@ class Config:
     offload: bool = False
     """a branch's weights and optimiser leave the device while another works"""
     checkpoint_every: int = 0
-    """steps between resumable checkpoints; 0 for none but on Ctrl-C"""
+    """steps between resumable checkpoints, beside that of the last step and of one before a failure; 0 for none"""
     keep_checkpoints: int = 2
     """older checkpoints are removed"""
+    checkpoint_required: bool = True
+    """a checkpoint that cannot be written, as on a full disk, ends the run; False says so and goes on"""
     resume: bool = True
-    """continue from the run's newest checkpoint, if there is one"""
+    """continue from the run's newest checkpoint, if there is one; False moves what is there aside and starts anew"""
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
     """trackers beside `metrics.jsonl`"""
 
@@ -269,8 +276,16 @@ class Config:
         for name in self.merge.weights:
             require(name in names, f"merge.weights must name branches {names}", repr(name))
         require(self.hub in (None, *names), f"hub must be one of the branches {names}", repr(self.hub))
-        for name in ("cycles", "rl_steps", "opd_steps"):
+        for name in names:
+            free = re.fullmatch(r"\w[\w.-]*", name) and name not in ("base", "merged", "overall")
+            require(
+                bool(free), "branches must have names that make folders, and not base, merged or overall", repr(name)
+            )
+        for name in ("cycles", "rl_steps", "opd_steps", "checkpoint_every", "threads"):
             require(getattr(self, name) >= 0, f"{name} must be at least 0", getattr(self, name))
+        for name in ("keep_checkpoints", "micro_batch_tokens", "mixed_steps", "mopd_steps"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"{name} must be at least 1", value)
 
 
 Schema = TypeVar("Schema")

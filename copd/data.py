@@ -8,9 +8,13 @@ of frames or a list of them.
 from __future__ import annotations
 
 import copy
+import hashlib
+import inspect
 import json
+import logging
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +23,13 @@ from PIL import Image
 from transformers.video_utils import VideoMetadata
 
 from copd import rewards
-from copd.config import DataConfig
+from copd.config import DataConfig, digest
 from copd.task import Prompt, Split
 
+logger = logging.getLogger("copd")
 Rows = Sequence[dict[str, Any]]
 MEDIA_COLUMNS = ("images", "image", "video")
+TABLES = {".json": "json", ".csv": "csv", ".parquet": "parquet"}
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 THUMBNAIL = 256  # pixels of the longer side of the images kept for the report
 
@@ -36,6 +42,8 @@ class FileTask:
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.chat = cfg.chat and getattr(processor, "chat_template", None) is not None
         self.functions = [rewards.load(reward) for reward in cfg.rewards]
+        self.reward_stats: dict[str, float] = {}
+        """mean and standard deviation of each reward in the last call, for the log"""
         train = test = read(cfg.path, cfg.split, cfg.config_name)
         if cfg.test_path is None and cfg.test_split is None:
             kept: Sequence[int] = range(len(train) - cfg.test_rows)
@@ -52,7 +60,9 @@ class FileTask:
         for split, (rows, indices) in self.rows.items():
             if isinstance(rows, list):  # cheap enough to find what is missing before the first step
                 for index in range(len(indices)):
-                    self._media(split, index)
+                    self._check(split, index)
+            else:
+                self._check(split, 0)
 
     def size(self, split: Split) -> int:
         return len(self.rows[split][1])
@@ -75,7 +85,11 @@ class FileTask:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
     def reward(self, prompts: list[Prompt], completions: list[str]) -> list[float]:
-        """The weighted sum of `cfg.rewards`, which see prompts and completions as chats where the file has chats."""
+        """The weighted sum of `cfg.rewards`, which see prompts and completions as chats where the file has chats.
+
+        NaN, and a line in the log, for a completion that has no reward. Raises `ValueError` where those are more than a
+        share of `cfg.max_failed_rewards`.
+        """
         names = sorted({name for prompt in prompts for name in prompt.columns})
         columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
         asked = [self._row(*self._place(prompt))[self.cfg.prompt_column] for prompt in prompts]
@@ -83,7 +97,20 @@ class FileTask:
             text if isinstance(question, str) else [{"role": "assistant", "content": text}]
             for question, text in zip(asked, completions, strict=True)
         ]
-        return rewards.combine(self.functions, self.cfg.reward_weights, asked, answered, columns)
+        score = rewards.combine(self.functions, self.cfg.reward_weights, asked, answered, columns)
+        problems = {self._where(*self._place(prompts[i])): why for i, why in score.problems.items()}
+        for where, why in problems.items():
+            logger.warning("%s: reward: %s", where, why)
+        if len(score.problems) > self.cfg.max_failed_rewards * len(completions):
+            where, why = next(iter(problems.items()))
+            rule = f"{where}: at most {self.cfg.max_failed_rewards:.0%} of a batch may fail its reward"
+            raise ValueError(f"{rule}; got {len(score.problems)} of {len(completions)}; {why}")
+        self.reward_stats = {"rewards/failed_ratio": len(score.problems) / len(completions)}
+        for name, values in score.parts.items():
+            if known := [value for value in values if value is not None]:
+                self.reward_stats[f"rewards/{name}/mean"] = float(np.mean(known))
+                self.reward_stats[f"rewards/{name}/std"] = float(np.std(known))
+        return score.total
 
     def _place(self, prompt: Prompt) -> tuple[Split, int]:
         return ("train", prompt.index) if prompt.index >= 0 else ("test", -1 - prompt.index)
@@ -94,6 +121,26 @@ class FileTask:
 
     def _where(self, split: Split, index: int) -> str:
         return f"{self.name}: row {self.rows[split][1][index]} of {self.files[split]}"
+
+    def _check(self, split: Split, index: int) -> None:
+        """Raises `ValueError` for a row that no step could use: prompt, media, and the columns that rewards ask for."""
+        self._media(split, index)
+        row, where, column = self._row(split, index), self._where(split, index), self.cfg.prompt_column
+        if clash := {"prompts", "completions"} & row.keys() - {column}:
+            rule = "columns must not be called prompts or completions, which every reward is handed"
+            raise ValueError(f"{where}: {rule}; got {sorted(clash)[0]!r}")
+        for message in [] if isinstance(row[column], str) else row[column]:
+            if not (isinstance(message, dict) and "role" in message and isinstance(message.get("content"), str | list)):
+                raise ValueError(f"{where}: messages must have a role, and content as text or parts; got {message!r}")
+        if not isinstance(row[column], str) and all(message["role"] != "user" for message in row[column]):
+            roles = [message["role"] for message in row[column]]
+            raise ValueError(f"{where}: messages must hold a user turn; got roles {roles}")
+        missing = [
+            rewards.needed(function) - {k for k, v in row.items() if v is not None} for function in self.functions
+        ]
+        if all(missing):
+            got = f"no {sorted(missing[0])[0]} for {self.cfg.rewards[0]}"
+            raise ValueError(f"{where}: row must have the columns that one of its rewards asks for; got {got}")
 
     def _media(self, split: Split, index: int) -> tuple[list[Any], list[Any]]:
         """Images and frames of a row, paths resolved against the folder of its file.
@@ -174,7 +221,14 @@ class FileTask:
                 user["content"] = [{"type": kind}] * wanted + user["content"]
             elif placed != wanted:
                 raise ValueError(f"{where}: messages must place each {kind} once, {wanted} in all; got {placed}")
-        return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        begun = messages[-1]["role"] == "assistant"  # the completion goes on from there
+        return self.processor.apply_chat_template(
+            messages,
+            tokenize=False,
+            add_generation_prompt=not begun,
+            continue_final_message=begun,
+            **self.cfg.chat_template_kwargs,
+        )
 
 
 def unseen(train: Rows, kept: Sequence[int], test: Rows, held_out: Sequence[int]) -> Sequence[int]:
@@ -198,7 +252,7 @@ def unseen(train: Rows, kept: Sequence[int], test: Rows, held_out: Sequence[int]
 
 
 def read(path: str, split: str, config_name: str | None) -> Sequence[dict[str, Any]]:
-    """Rows of a JSONL file, or of a folder or name that `datasets` loads."""
+    """Rows of a JSONL file, of another table, or of a folder or name that `datasets` loads."""
     file = Path(path)
     if file.suffix != ".jsonl":
         import datasets
@@ -206,19 +260,48 @@ def read(path: str, split: str, config_name: str | None) -> Sequence[dict[str, A
         if (file / "state.json").is_file() or (file / "dataset_dict.json").is_file():  # written by save_to_disk
             loaded = datasets.load_from_disk(path)
             return loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
+        if kind := TABLES.get(file.suffix) if file.is_file() else None:
+            return datasets.load_dataset(kind, data_files={split: path}, split=split)
         return datasets.load_dataset(path, config_name, split=split)
     if not file.is_file():
         raise ValueError(f"data: path must be a JSONL file, a folder or a dataset; got {path!r}, which does not exist")
     rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"data: line {number} of {path} must be JSON; got {error}") from error
-            if not isinstance(rows[-1], dict):
-                raise ValueError(f"data: line {number} of {path} must be an object; got a {type(rows[-1]).__name__}")
+    # U+2028 and its like are letters of a JSON string: newlines alone end a line
+    with file.open(encoding="utf-8-sig", newline="\n") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                try:
+                    rows.append(json.loads(line))
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"data: line {number} of {path} must be JSON; got {error}") from error
+                if not isinstance(rows[-1], dict):
+                    got = type(rows[-1]).__name__
+                    raise ValueError(f"data: line {number} of {path} must be an object; got a {got}")
     return rows
+
+
+def fingerprint(cfg: DataConfig) -> dict[str, str]:
+    """Digests of what a config names and does not hold: the rows of local files, and the code of own rewards."""
+    found = {}
+    for path in filter(None, (cfg.path, cfg.test_path)):
+        files = sorted(Path(path).rglob("*")) if Path(path).is_dir() else [Path(path)]
+        parts = [_digest(file, file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.is_file()]
+        if parts:
+            found[path] = digest(*parts)
+    for name in cfg.rewards:
+        if name not in rewards.BUILT_IN:
+            module = inspect.getmodule(rewards.load(name))
+            found[name] = digest(inspect.getsource(module)) if module else ""
+    return found
+
+
+@lru_cache(maxsize=4096)
+def _digest(file: Path, changed: int, size: int) -> str:
+    """Of a table its bytes; of a picture its name and size."""
+    if file.suffix in {".jsonl", ".arrow", *TABLES}:
+        with file.open("rb") as opened:
+            return hashlib.file_digest(opened, "blake2b").hexdigest()
+    return f"{file.name} {size}"
 
 
 def _natural(path: Path) -> list[Any]:

@@ -4,35 +4,45 @@ from __future__ import annotations
 
 import base64
 import io
+import json
+import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from copd import topology
+from copd import files, topology
 from copd.branch import Branch
 from copd.coevolve import Plan
+from copd.config import digest
 from copd.log import Log
 from copd.rollout import completions, rewards, seed_of
 from copd.task import Task
 
+logger = logging.getLogger("copd")
 Record = dict[str, Any]
 
 
 def measure(plan: Plan, tasks: Mapping[str, Task], log: Log, step: int) -> None:
-    """Accuracy of every branch on every domain, and divergence along the edges of the topology, where due."""
+    """Accuracy of every branch on every domain, and divergence along the edges of the topology, where due.
+
+    What the log already holds of this step is not measured again.
+    """
     branches, last = {branch.name: branch for branch in plan.branches}, step == len(plan.phases)
     cfg = plan.branches[0].cfg
     if _due(step, cfg.eval.every, last):
         for branch in plan.branches:
             for task in tasks.values():
-                log.write("eval", step, accuracy(branch, task, cfg.eval.curve_prompts, 1)[0])
+                if not log.last("eval", step=step, branch=branch.name, domain=task.name):
+                    log.write("eval", step, accuracy(branch, task, cfg.eval.curve_prompts, 1)[0])
     if _due(step, cfg.eval.every if cfg.eval.divergence_every is None else cfg.eval.divergence_every, last):
         for student, teachers in topology.teachers(cfg).items():
             for teacher in teachers:
-                if student in branches and teacher in branches:
+                measured = log.last("divergence", step=step, student=student, teacher=teacher)
+                if student in branches and teacher in branches and not measured:
                     log.write("divergence", step, divergence(branches[student], branches[teacher], tasks[student]))
 
 
@@ -40,34 +50,50 @@ def _due(step: int, every: int, last: bool) -> bool:
     return bool(every) and (last or step % every == 0)
 
 
-def final(models: list[Branch], tasks: list[Task]) -> tuple[dict[str, dict[str, Record]], list[Record]]:
-    """Model -> domain -> accuracy at the end of a run, and the samples to show."""
-    found: dict[str, dict[str, Record]] = {}
-    samples = []
+def final(
+    models: list[Branch], tasks: list[Task], log: Log, path: Path
+) -> tuple[dict[str, dict[str, Record]], list[Record]]:
+    """Model -> domain -> accuracy at the end of a run, and the samples to show.
+
+    `path` keeps what is done, model by model, for the process that takes over from one that ended here.
+    """
+    cfg = models[0].cfg
+    state: dict[str, Any] = {"of": digest(cfg.eval, cfg.merge, log.total), "final": {}, "samples": []}
+    if path.exists() and (saved := json.loads(path.read_text()))["of"] == state["of"]:
+        state = saved
     for branch in models:
-        found[branch.name] = {}
-        for task in tasks:
-            cfg = branch.cfg.eval
-            found[branch.name][task.name], shown = accuracy(branch, task, cfg.prompts, cfg.samples)
-            samples += shown
-    return found, samples
+        found = state["final"].setdefault(branch.name, {})
+        for task in (task for task in tasks if task.name not in found):
+            record, shown = accuracy(branch, task, cfg.eval.prompts, cfg.eval.samples)
+            found[task.name] = record
+            state["samples"] += shown
+            log.write("final", log.total, record)
+            logger.info("final: %s on %s: reward %.3f", branch.name, task.name, record["reward"])
+            files.write(path, json.dumps(state))
+    return state["final"], state["samples"]
 
 
 def accuracy(branch: Branch, task: Task, prompts: int, samples: int) -> tuple[Record, list[Record]]:
-    """Mean reward on the task's first test prompts, sampled and greedy; and a few samples to show."""
+    """Mean reward on the task's first test prompts, sampled and greedy, and a few samples to show.
+
+    Where every reward is 0 or 1 the mean is an accuracy too, and called so.
+    """
     rows = [task.prompt(i, "test") for i in range(min(prompts, task.size("test")))]
     sampled = branch.rollout(rows, seed_of("test", task.name), samples)
     greedy = branch.rollout(rows, 0, 1, greedy=True)
-    reward = rewards(task, sampled)
+    reward, best = rewards(task, sampled), rewards(task, greedy)
+    means = {"": reward.nanmean().item(), "_greedy": best.nanmean().item()}
     record = {
         "branch": branch.name,
         "domain": task.name,
-        "accuracy": reward.mean().item(),
-        "accuracy_greedy": rewards(task, greedy).mean().item(),
         "samples": reward.numel(),
         "clipped_ratio": sampled.truncated.float().mean().item(),
         "mean_length": sampled.mask.sum(1).float().mean().item(),
     }
+    record |= {f"reward{how}": mean for how, mean in means.items()}
+    known = torch.cat([reward.flatten(), best.flatten()])
+    if ((known == 0) | (known == 1) | known.isnan()).all():  # right or wrong
+        record |= {f"accuracy{how}": mean for how, mean in means.items()}
     texts, scores = completions(task, sampled)[::samples], reward[:, 0].tolist()
     shown = [
         {

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import resource
 import sys
 import time
+import uuid
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from copd import files
 from copd.branch import Branch
-from copd.config import Config, dump
+from copd.config import Config
 
 logger = logging.getLogger("copd")
+LINE_SECONDS = 10  # between the lines that stand for the bar where there is no terminal
 
 
 def memory_mib(device: torch.device) -> float:
@@ -41,63 +46,114 @@ def state_memory(branches: list[Branch]) -> None:
     )
 
 
+def read(path: Path) -> list[dict[str, Any]]:
+    """The records of a `metrics.jsonl`, but for one that a kill cut off."""
+    records = []
+    for line in path.read_text().split("\n") if path.exists() else []:
+        try:
+            records += [json.loads(line)] if line else []
+        except json.JSONDecodeError:
+            logger.warning("log: a line of %s must be JSON; got %.40r; it is left out", path, line)
+    return records
+
+
 class Log:
+    """`metrics.jsonl`, progress and trackers of one run. Of an interrupted run, the records up to where it resumes."""
+
     def __init__(self, directory: Path, cfg: Config, total: int, done: int) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        path = directory / "metrics.jsonl"
-        # of an interrupted run: up to the checkpoint it resumes from
-        lines = path.read_text().splitlines() if done and path.exists() else []
-        self.records = [record for line in lines if (record := json.loads(line))["step"] <= done]
-        path.write_text("".join(json.dumps(record) + "\n" for record in self.records))
+        path, name = directory / "metrics.jsonl", directory / "run-id"
+        before = read(path) if done else []
+        self.records = [record for record in before if record["step"] <= done]
+        files.write(path, "".join(json.dumps(record) + "\n" for record in self.records))
+        if not (done and name.exists()):
+            files.write(name, uuid.uuid4().hex[:12])
         self.file = path.open("a")
-        self.start = time.perf_counter() - (self.records[-1]["time"] if self.records else 0.0)
+        self.start = self.shown = time.perf_counter() - (self.records[-1]["time"] if self.records else 0.0)
         self.bar = tqdm(total=total, initial=done, desc=cfg.name, disable=None, dynamic_ncols=True)
-        self.trackers = [tracker(name, directory, cfg) for name in cfg.report_to]
+        self.total, self.done = total, done
+        self.warned: set[str] = set()
+        self.trackers = [Tracker(kind, directory, cfg, name.read_text()) for kind in cfg.report_to]
+        # a resumed run takes some steps again, to the same numbers
+        self.sent = {tag(record) for record in before}
 
     def write(self, kind: str, step: int, record: dict[str, Any]) -> None:
-        record = {"kind": kind, "step": step, "time": round(time.perf_counter() - self.start, 3)} | record
+        record = {"kind": kind, "step": step, "time": round(self.seconds(), 3)} | record
         self.records.append(record)
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
-        who = "/".join(str(record[key]) for key in ("branch", "student", "domain") if key in record)
-        for track in self.trackers:
-            track({f"{kind}/{who}/{k}": v for k, v in record.items() if isinstance(v, float)}, step)
+        if tag(record) in self.sent:
+            return
+        numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k not in ("step", "time")}
+        for tracker in self.trackers:
+            tracker.send({f"{tag(record)[0]}/{k}": v for k, v in numbers.items()}, step)
+
+    def seconds(self) -> float:
+        """Since the run began, in whichever process, without the time between them."""
+        return time.perf_counter() - self.start
 
     def progress(self, phase: str, metrics: dict[str, dict[str, Any]]) -> None:
         def mean(name: str) -> str:
             values = [record[name] for record in metrics.values() if name in record]
             return f"{sum(values) / len(values):.3g}" if values else "-"
 
-        self.bar.update()
-        self.bar.set_postfix_str(
+        numbers = (
             f"{phase} reward {mean('reward')} kl {mean('kl')} overlap {mean('overlap')} "
             f"{mean('tokens_per_s')} tok/s {mean('memory_mib')} MiB"
         )
+        self.done += 1
+        self.bar.update()
+        self.bar.set_postfix_str(numbers)
+        now = time.perf_counter()
+        if self.bar.disable and (now - self.shown > LINE_SECONDS or self.done == self.total):
+            self.shown = now
+            logger.info("step %d of %d: %s", self.done, self.total, numbers)
 
     def close(self) -> None:
         self.bar.close()
         self.file.close()
+        for tracker in self.trackers:
+            tracker.close()
 
     def of(self, kind: str) -> list[dict[str, Any]]:
         return [record for record in self.records if record["kind"] == kind]
 
+    def last(self, kind: str, **which: Any) -> dict[str, Any]:
+        """The newest record with these values, or an empty one."""
+        which = {"kind": kind} | which
+        return next((record for record in reversed(self.records) if which.items() <= record.items()), {})
 
-def tracker(name: str, directory: Path, cfg: Config) -> Callable[[dict[str, float], int], object]:
-    """A function (numbers, step) of one tracker; an `ImportError` names the package that is missing."""
-    if name == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(str(directory / "tensorboard"))
+def tag(record: dict[str, Any]) -> tuple[str, int]:
+    """What a record is about, and when: `kind/branch/student/teacher/domain`, as far as it names them; and its step."""
+    who = [record["kind"], *(record[key] for key in ("branch", "student", "teacher", "domain") if key in record)]
+    return "/".join(who), record["step"]
 
-        def write(numbers: dict[str, float], step: int) -> None:
-            for key, value in numbers.items():
-                writer.add_scalar(key, value, step)
 
-        return write
-    if name == "wandb":
-        import wandb as package
-    else:
-        import trackio as package
-    package.init(project="copd", name=cfg.name, config={"yaml": dump(cfg)})
-    # records of one step come one by one, which wandb's own step counter would refuse
-    return lambda numbers, step: package.log(numbers | {"step": step})
+class Tracker:
+    """One of the places numbers are sent to; an `ImportError` names the package that is missing.
+
+    `run_id` is the run's, whichever process works on it, so that a resumed run goes on where it was.
+    """
+
+    def __init__(self, name: str, directory: Path, cfg: Config, run_id: str) -> None:
+        self.send: Callable[[dict[str, float], int], object]
+        self.close: Callable[[], object]
+        if name == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(str(directory / "tensorboard"))
+            self.close = writer.close
+
+            def send(numbers: dict[str, float], step: int) -> None:
+                for key, value in numbers.items():
+                    writer.add_scalar(key, value, step)
+
+            self.send = send
+            return
+        package = importlib.import_module(name)
+        where = {"id": run_id, "name": cfg.name, "dir": str(directory)} if name == "wandb" else {}
+        where = where or {"name": f"{cfg.name}-{run_id}"}  # which is how trackio knows a run
+        package.init(project="copd", config=asdict(cfg), resume="allow", **where)
+        # records of one step come one by one, which wandb's own step counter would refuse
+        self.send = lambda numbers, step: package.log(numbers | {"step": step})
+        self.close = package.finish

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 import transformers
 
+from copd import files
 from copd.branch import Branch
+from copd.checkpoint import identity
 from copd.coevolve import Plan
 from copd.log import Log
 from copd_kernels.rows import resolve
@@ -23,8 +25,9 @@ def save(directory: Path, models: Iterable[Branch]) -> None:
     for branch in models:
         if branch.name != "base":
             folder = directory / ("merged" if branch.name == "merged" else f"branch-{branch.name}")
-            branch.model.save_pretrained(folder)
-            branch.processor.save_pretrained(folder)
+            with files.whole(folder) as scratch:
+                branch.model.save_pretrained(scratch)
+                branch.processor.save_pretrained(scratch)
 
 
 def write(
@@ -34,7 +37,6 @@ def write(
     log: Log,
     final: dict[str, dict[str, Any]],
     samples: list[dict[str, Any]],
-    seconds: float,
 ) -> dict[str, Any]:
     """Writes and returns `results.json`, from which alone the report is made."""
     cfg = plan.branches[0].cfg
@@ -48,13 +50,14 @@ def write(
         "domains": list(domains),
         "branches": {branch.name: branch.tasks[0].name for branch in plan.branches if len(branch.tasks) == 1},
         "config": asdict(cfg),
+        "identity": identity(cfg),
         "phases": spans(plan.phases),
         "final": final,
         "eval": log.of("eval"),
         "divergence": log.of("divergence"),
         "samples": samples,
         "cost": {
-            "seconds": round(seconds, 1),
+            "seconds": round(log.seconds(), 1),
             "rollouts": sum(record["rollouts"] for record in trained),
             "updates": len(trained) * cfg.rlvr.updates_per_batch,
             "tokens": sum(record["tokens"] for record in trained),
@@ -66,7 +69,7 @@ def write(
             "rows": resolve("train", None, plan.branches[0].device),
         },
     }
-    (directory / "results.json").write_text(json.dumps(results, indent=1))
+    files.write(directory / "results.json", json.dumps(results, indent=1))
     return results
 
 

@@ -6,12 +6,14 @@ column of the rows arrives as a list of the same length. None means that the rew
 
 from __future__ import annotations
 
+import asyncio
 import importlib
+import inspect
 import math
 import re
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 Reward = Callable[..., "list[float | None]"]
 Completion = str | list[dict[str, Any]]
@@ -102,23 +104,32 @@ def load(name: str) -> Reward:
     return reward
 
 
+class Score(NamedTuple):
+    total: list[float]
+    """Σ_f weight_f · reward_f of each completion; NaN where a problem leaves it without"""
+    parts: dict[str, list[float | None]]
+    """each function's rewards, by its name"""
+    problems: dict[int, str]
+    """completion -> why it has no reward"""
+
+
 def combine(
     functions: list[Reward],
     weights: list[float] | None,
     prompts: list[Any],
     completions: list[Completion],
     columns: dict[str, list[Any]],
-) -> list[float]:
+) -> Score:
     """Σ_f weight_f · reward_f of every completion, over the functions that apply to its row.
 
     Args:
-        functions: rewards with TRL's signature, at least one.
+        functions: rewards with TRL's signature, at least one; coroutine functions too.
         weights: one for each function; None is 1 each.
         prompts, completions: the same number of each.
         columns: name -> one value for each completion.
 
-    Raises `ValueError` where a function returns another number of rewards, or one that is not finite, or where no
-    function applies to a row.
+    A completion for which a function raises, or gives no finite number, or to which none applies, is a problem of that
+    completion alone. Raises `ValueError` where a function returns no list, or one of another length.
     """
     if not functions:
         raise ValueError("combine: functions must name at least one reward; got none")
@@ -126,21 +137,61 @@ def combine(
     if len(weights) != len(functions):
         raise ValueError(f"combine: weights must be one for each of the {len(functions)} rewards; got {len(weights)}")
     names = [getattr(function, "__name__", type(function).__name__) for function in functions]
+    parts: dict[str, list[float | None]] = {}
+    problems: dict[int, str] = {}
     totals: list[float | None] = [None] * len(completions)
     for name, function, weight in zip(names, functions, weights, strict=True):
-        rewards = function(prompts=prompts, completions=completions, **columns)
-        if len(rewards) != len(completions):
-            rule = f"combine: {name} must return one reward for each of the {len(completions)} completions"
-            raise ValueError(f"{rule}; got {len(rewards)}")
-        for i, reward in enumerate(rewards):
-            if reward is not None and not math.isfinite(reward):
-                raise ValueError(f"combine: {name} must return finite numbers or None; got {reward} for completion {i}")
-            if reward is not None:
+        try:
+            parts[name] = _call(name, function, prompts, completions, columns)
+        except Exception as error:
+            if isinstance(error, WrongList):
+                raise
+            # which completion it was, only one at a time can tell
+            parts[name] = [None] * len(completions)
+            for i in range(len(completions)):
+                row = {column: values[i : i + 1] for column, values in columns.items()}
+                try:
+                    parts[name][i] = _call(name, function, prompts[i : i + 1], completions[i : i + 1], row)[0]
+                except Exception as problem:
+                    problems[i] = f"{name} raised {type(problem).__name__}: {problem}"
+        for i, reward in enumerate(parts[name]):
+            if isinstance(reward, int | float) and math.isfinite(reward):
                 totals[i] = (totals[i] or 0.0) + weight * float(reward)
-    if None in totals:
-        nobody = f"None from all for completion {totals.index(None)}"
-        raise ValueError(f"combine: one of {names} must apply to every row; got {nobody}")
-    return [total for total in totals if total is not None]
+            elif reward is not None:
+                problems[i] = f"{name} must return finite numbers or None; got {reward!r}"
+                parts[name][i] = None
+    for i in (i for i, total in enumerate(totals) if total is None):
+        problems.setdefault(i, f"one of {names} must apply to every row; got None from all")
+    total = [math.nan if i in problems or value is None else value for i, value in enumerate(totals)]
+    return Score(total, parts, problems)
+
+
+class WrongList(ValueError):
+    """What a reward returned is not one value for each completion: a fault of the function, not of a row."""
+
+
+def _call(
+    name: str, function: Reward, prompts: list[Any], completions: list[Completion], columns: dict[str, list[Any]]
+) -> list[float | None]:
+    rewards: Any = function(prompts=prompts, completions=completions, **columns)
+    if inspect.iscoroutine(rewards):
+        rewards = asyncio.run(rewards)
+    rewards = rewards.tolist() if hasattr(rewards, "tolist") else rewards  # an array or tensor
+    rule = f"combine: {name} must return one reward for each of the {len(completions)} completions"
+    if not isinstance(rewards, list | tuple):
+        raise WrongList(f"{rule}; got a {type(rewards).__name__}")
+    if len(rewards) != len(completions):
+        raise WrongList(f"{rule}; got {len(rewards)}")
+    # a numpy number or a tensor of one element is a number too
+    return [reward.item() if hasattr(reward, "item") else reward for reward in rewards]
+
+
+def needed(function: Reward) -> set[str]:
+    """Columns that a reward asks for by name, without a default."""
+    given = {"prompts", "completions", "completion_ids"}
+    parameters = inspect.signature(function).parameters.values()
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {p.name for p in parameters if p.kind in kinds and p.default is p.empty} - given
 
 
 def final_answer(text: str) -> str:

@@ -77,7 +77,8 @@ def special_tokens(model: PreTrainedModel, processor: Any) -> Special:
     eos = sorted(ends - {None})
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     media = [getattr(model.config, name) for name in names if getattr(model.config, name, None) is not None]
-    return Special(eos, eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id, media)
+    # padding is masked: without a token of its own, any will do
+    return Special(eos, next(i for i in (tokenizer.pad_token_id, *eos, 0) if i is not None), media)
 
 
 @torch.no_grad()

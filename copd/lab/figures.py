@@ -71,20 +71,27 @@ def mean_error(values: Iterable[float]) -> tuple[float, float | None]:
     return float(values.mean()), error
 
 
-def bars(models: list[tuple[str, str, bool]], columns: dict[str, list[list[float]]]) -> str:
-    """Accuracy of every model, one panel a column.
+def bars(models: list[tuple[str, str, bool]], columns: dict[str, list[list[float]]], percent: bool = True) -> str:
+    """Mean reward of every model, one panel a column.
 
-    `models`: (label, colour, hatched); `columns`: title -> for each model one accuracy in [0, 1] for each seed.
+    `models`: (label, colour, hatched); `columns`: title -> for each model one value for each seed, an accuracy in
+    [0, 1] if `percent`.
     """
     with _figure(1, len(columns), 0.27 * len(models) + 0.8, sharey=True) as (figure, axes):
         for axis, (title, rows) in zip(axes[0], columns.items(), strict=True):
             for y, ((_, shade, hatched), values) in enumerate(zip(models, rows, strict=True)):
                 share, spread = mean_error(values)
-                mean, error = 100 * share, None if spread is None else 100 * spread
+                scale = 100 if percent else 1
+                mean, error = scale * share, None if spread is None else scale * spread
                 style = {"facecolor": "white", "edgecolor": shade, "hatch": "////"} if hatched else {"color": shade}
                 axis.barh(y, mean, height=0.72, xerr=error, error_kw={"lw": 1, "capsize": 2}, **style)
-                axis.text(mean + (error or 0) + 2, y, f"{mean:.1f}", va="center", fontsize=8.5)
-            axis.set(title=title, xlim=(0, 118), xticks=range(0, 101, 25), xlabel="accuracy (%)")
+                beside = {"xytext": (5, 0), "textcoords": "offset points", "va": "center", "fontsize": 8.5}
+                axis.annotate(f"{mean:.1f}" if percent else f"{mean:.3g}", (max(mean, 0) + (error or 0), y), **beside)
+            axis.set(title=title, xlabel="accuracy (%)" if percent else "reward")
+            if percent:
+                axis.set(xlim=(0, 118), xticks=range(0, 101, 25))
+            else:
+                axis.margins(x=0.25)
             axis.grid(visible=False, axis="y")
         axes[0, 0].set_yticks(range(len(models)), [label for label, _, _ in models])
         axes[0, 0].invert_yaxis()

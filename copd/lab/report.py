@@ -19,6 +19,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markdown_it import MarkdownIt
 from omegaconf import OmegaConf
 
+from copd import files
 from copd.lab import figures
 from copd.lab.figures import COLOURS, Line, Panel, Series, colour, mean_error
 
@@ -27,7 +28,7 @@ Seeds = dict[int, float]
 """seed -> value"""
 METHODS = {"copd": "CoPD", "independent": "Independent", "expert": "Experts", "mixed": "Mixed RLVR", "mopd": "MOPD"}
 # what the report reads of the records of a run; a collected study keeps no more
-RECORD = ("step", "branch", "domain", "accuracy", "student", "teacher", "overlap", "symmetric_kl")
+RECORD = ("step", "branch", "domain", "accuracy", "reward", "student", "teacher", "overlap", "symmetric_kl")
 
 
 def write(directory: Path, output: Path | None = None) -> None:
@@ -38,15 +39,13 @@ def write(directory: Path, output: Path | None = None) -> None:
     """
     directory, output = Path(directory), Path(output or directory)
     name, runs = collect(directory)
-    output.mkdir(parents=True, exist_ok=True)
     top = output / "results.json"
     if not (top.exists() and "method" in _read(top)):
-        top.write_text(json.dumps({"name": name, "runs": runs}, separators=(",", ":")))
+        files.write(top, json.dumps({"name": name, "runs": runs}, separators=(",", ":")))
     suites = [Suite(v, [r for r in runs if r["variant"] == v]) for v in dict.fromkeys(run["variant"] for run in runs)]
     pictures = {f"{suite.prefix}{kind}": svg for suite in suites for kind, svg in suite.pictures().items()}
-    (output / "figures").mkdir(exist_ok=True)
     for picture, svg in pictures.items():
-        (output / "figures" / f"{picture}.svg").write_text(svg)
+        files.write(output / "figures" / f"{picture}.svg", svg)
     environment = Environment(
         loader=PackageLoader("copd.lab"),
         undefined=StrictUndefined,
@@ -62,21 +61,24 @@ def write(directory: Path, output: Path | None = None) -> None:
         seeds=len({run["seed"] for run in runs}),
         runs=runs,
     )
-    (output / "results.md").write_text(document)
+    files.write(output / "results.md", document)
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(document)
     body = re.sub(r'<img src="figures/(.+?)\.svg"[^>]*>', lambda found: pictures[found[1]], body)
     body = re.sub(r"<h2>(.+?)</h2>", r'<h2 id="\1">\1</h2>', body)
     page = environment.get_template("report.html.j2").render(name=name, body=body, suites=suites)
-    (output / "report.html").write_text(page)
+    files.write(output / "report.html", page)
 
 
 def collect(directory: Path) -> tuple[str, list[Result]]:
     """Name and runs of a folder: those below it, or those that an earlier report collected in it."""
-    found = {path: _read(path) for path in sorted(directory.glob("**/results.json"))}
+    found = {path: _read(path) for path in sorted(directory.glob("**/results.json")) if not files.is_aside(path)}
     top = found.get(directory / "results.json", {})
     runs = [result for result in found.values() if "method" in result] or top.get("runs", [])
     if not runs:
         raise ValueError(f"report: directory must hold a results.json; got none below {directory}")
+    for run in runs:
+        if unknown := {"variant", "method", "seed", "final", "eval"} - run.keys() or {run["method"]} - METHODS.keys():
+            raise ValueError(f"report: results of {run.get('name')!r} must be a run's; got {sorted(unknown)}")
     runs = sorted(runs, key=lambda run: (run["variant"], list(METHODS).index(run["method"]), run["seed"]))
     first = {run["variant"]: run["seed"] for run in sorted(runs, key=lambda run: -run["seed"])}
     shown: set[tuple[str, str, int]] = set()
@@ -89,11 +91,21 @@ def collect(directory: Path) -> tuple[str, list[Result]]:
             shown.add(key)
         for kind in ("eval", "divergence"):
             run[kind] = [{name: record[name] for name in RECORD if name in record} for record in run[kind]]
+        for record in run["eval"]:
+            record.setdefault("reward", value(record))
     return top.get("name", directory.resolve().name), runs
 
 
 def _read(path: Path) -> Result:
-    return json.loads(path.read_text(), parse_float=lambda digits: round(float(digits), 6))
+    try:
+        return json.loads(path.read_text(), parse_float=lambda digits: round(float(digits), 6))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"report: {path} must be JSON; got {error}") from error
+
+
+def value(record: Result) -> float:
+    """Mean reward of an evaluation; files of before rewards had their own name call it accuracy."""
+    return record["reward"] if "reward" in record else record["accuracy"]
 
 
 @dataclass(frozen=True)
@@ -104,7 +116,7 @@ class Model:
     colour: str
     hatched: bool
     accuracy: dict[str, Seeds]
-    """domain, or `overall`, their mean -> seed -> accuracy in [0, 1]"""
+    """domain, or `overall`, their mean -> seed -> mean reward, an accuracy where rewards are 0 or 1"""
     rollouts: float
     """completions sampled to make it, its teachers' included"""
 
@@ -124,6 +136,13 @@ class Suite:
         self.steps = next(iter(branched.values()))["phases"][-1][2] if branched else 0
         self.phases: list[tuple[str, int, int]] = next(iter(self.runs["copd"].values()), {"phases": []})["phases"]
         self.seeds = max(len(runs) for runs in self.runs.values())
+        measured = [
+            record for run in runs for record in (*run["eval"], *(r for d in run["final"].values() for r in d.values()))
+        ]
+        self.right_or_wrong = all("accuracy" in record for record in measured)
+        """every reward is 0 or 1, so that a mean is an accuracy and shown in %"""
+        self.scale = 100 if self.right_or_wrong else 1
+        self.measure = "accuracy" if self.right_or_wrong else "reward"
         self.models = self._models()
         self.columns = [*self.first["domains"], "overall"]
 
@@ -137,9 +156,9 @@ class Suite:
             rollouts = []
             for seed, run in runs.items():
                 curve = {r["domain"]: r for r in run["eval"] if r["branch"] == name and r["step"] == at}
-                domains = {d: r["accuracy"] for d, r in (curve if at else run["final"][name]).items()}
-                for domain, value in (domains | {"overall": fmean(domains.values())}).items():
-                    accuracy[domain][seed] = value
+                domains = {d: value(r) for d, r in (curve if at else run["final"][name]).items()}
+                for domain, mean in (domains | {"overall": fmean(domains.values())}).items():
+                    accuracy[domain][seed] = mean
                 taught_by = control.get(seed) if key == "mopd/student" else None
                 rollouts.append(sum(r["cost"]["rollouts"] for r in (run, taught_by) if r) * share)
             if runs:
@@ -163,13 +182,20 @@ class Suite:
         add("copd/merged", "CoPD merged", COLOURS["merged"], self.runs["copd"])
         return models
 
+    def number(self, values: Iterable[float], sign: bool = False) -> str:
+        mean, error = mean_error(values)
+        form, scale = ".1f" if self.right_or_wrong else ".4g", self.scale
+        return f"{scale * mean:{'+' if sign else ''}{form}}" + (
+            f" ± {scale * error:{form}}" if error is not None else ""
+        )
+
     def final(self) -> list[list[str]]:
         """Rows (model, accuracy in every column, rollouts), the best of a column in bold."""
         best = {c: max(fmean(model.accuracy[c].values()) for model in self.models.values()) for c in self.columns}
 
         def cell(model: Model, column: str) -> str:
             values = model.accuracy[column].values()
-            return f"**{percent(values)}**" if fmean(values) == best[column] else percent(values)
+            return f"**{self.number(values)}**" if fmean(values) == best[column] else self.number(values)
 
         return [
             [model.label, *(cell(model, column) for column in self.columns), f"{model.rollouts:,.0f}"]
@@ -182,8 +208,10 @@ class Suite:
         return 100 * max(r["clipped_ratio"] for final in finals for domains in final.values() for r in domains.values())
 
     def ranking(self) -> str:
-        overall = [(100 * fmean(model.accuracy["overall"].values()), model.label) for model in self.models.values()]
-        return " > ".join(f"{label} {mean:.1f}" for mean, label in sorted(overall, key=lambda pair: -pair[0]))
+        overall = [(fmean(model.accuracy["overall"].values()), model.label) for model in self.models.values()]
+        return " > ".join(
+            f"{label} {self.number([mean])}" for mean, label in sorted(overall, key=lambda pair: -pair[0])
+        )
 
     def comparisons(self) -> list[list[str]]:
         """Rows (comparison, first, second, difference, seeds ahead), whichever way they go."""
@@ -193,9 +221,9 @@ class Suite:
             seeds = sorted(set(one) & set(two))
             difference = [one[seed] - two[seed] for seed in seeds]
             if seeds:
-                pair = [percent(side[seed] for seed in seeds) for side in (one, two)]
+                pair = [self.number(side[seed] for seed in seeds) for side in (one, two)]
                 ahead = f"{sum(d > 0 for d in difference)} of {len(seeds)}"
-                rows.append([label, *pair, percent(difference, sign=True), ahead])
+                rows.append([label, *pair, self.number(difference, sign=True), ahead])
 
         def on(key: str, column: str) -> Seeds:
             return models[key].accuracy[column] if key in models else {}
@@ -251,7 +279,7 @@ class Suite:
     def pictures(self) -> dict[str, str]:
         rows = [(model.label, model.colour, model.hatched) for model in self.models.values()]
         columns = {c: [list(m.accuracy[c].values()) for m in self.models.values()] for c in self.columns}
-        found = {"final": figures.bars(rows, columns)}
+        found = {"final": figures.bars(rows, columns, self.right_or_wrong)}
         if curves := self._curves():
             found["accuracy"] = figures.lines(curves, 2.3)
         looks, panels = {"CoPD": (COLOURS["merged"], "-"), "independent": (COLOURS["averaged"], "--")}, []
@@ -277,9 +305,11 @@ class Suite:
             lines = [
                 Line(label, shade, line, width=2.4 if self.own.get(name) == domain else 1.3)
                 for runs, name, label, shade in members[title]
-                if (line := series(runs, "eval", "accuracy", 100, branch=name, domain=domain))
+                if (line := series(runs, "eval", "reward", self.scale, branch=name, domain=domain))
             ]
-            return Panel(f"{title}: {domain}", lines, self.phases if title == "CoPD" else [], percent=True)
+            return Panel(
+                f"{title}: {domain}", lines, self.phases if title == "CoPD" else [], percent=self.right_or_wrong
+            )
 
         rows = [[panel(title, domain) for domain in self.first["domains"]] for title in members]
         return [row for row in rows if row[0].lines]
@@ -314,8 +344,3 @@ def series(runs: dict[int, Result], kind: str, value: str, scale: float = 1, **w
         for step, values in steps.items():
             found[step].append(fmean(values))
     return dict(sorted(found.items()))
-
-
-def percent(values: Iterable[float], sign: bool = False) -> str:
-    mean, error = mean_error(values)
-    return f"{100 * mean:{'+' if sign else ''}.1f}" + (f" ± {100 * error:.1f}" if error is not None else "")

@@ -8,7 +8,6 @@ in each (variant, seed): it makes the warm start that the others share, and the 
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -19,8 +18,11 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from copd import config
+from copd import config, files, log
 from copd.lab.config import LabConfig
+from copd.train.interrupts import Interrupts
+
+LINES = 5  # of a failed run's log
 
 
 @dataclass(frozen=True)
@@ -54,17 +56,29 @@ class Study:
 
 def write_config(study: Study, variant: str, seed: int, method: str) -> Path:
     path = Path(study.output_dir) / variant / f"{method}-seed{seed}.yaml"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(study.tree(variant, seed, method), path)
+    files.write(path, OmegaConf.to_yaml(study.tree(variant, seed, method)))
     return path
 
 
-def launch(path: Path) -> int:
+def launch(path: Path, children: set[subprocess.Popen[bytes]]) -> int:
     """Runs one config in a fresh process; its output goes to a .log beside the file."""
     with path.with_suffix(".log").open("a") as log:
         command = [sys.executable, "-m", "copd", "train", "--config", str(path)]
         environment = {"OMP_NUM_THREADS": "1"} | os.environ
-        return subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
+        # a session of its own: a terminal's Ctrl-C reaches it once, from here
+        child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+        children.add(child)
+        try:
+            return child.wait()
+        finally:
+            children.discard(child)
+
+
+def ending(path: Path) -> str:
+    """A failed run and the last lines of its log."""
+    log = path.with_suffix(".log")
+    lines = log.read_text(errors="replace").splitlines()[-LINES:] if log.exists() else ["did not start"]
+    return "\n".join([f"{path.with_suffix('')} ({log}):", *(f"    {line}" for line in lines)])
 
 
 def run(study: Study) -> list[Path]:
@@ -79,35 +93,40 @@ def run(study: Study) -> list[Path]:
     failed: list[Path] = []
     # a run -> those of its suite and seed that wait for it
     running: dict[Future[int], tuple[Path, list[Path]]] = {}
-    pool = ThreadPoolExecutor(study.jobs)
-    try:
-        while True:
-            # the next suite and seed begins where the last one leaves a job idle
-            while len(running) < study.jobs and (group := next(groups, None)):
-                running[pool.submit(launch, group[0])] = group[0], group[1:]
-            if not running:
-                return failed
-            for done in wait(running, timeout=20, return_when=FIRST_COMPLETED).done:
-                path, waiting = running.pop(done)
-                ok = done.result() == 0
-                print(f"{'done  ' if ok else 'FAILED'} {path.with_suffix('')}", flush=True)
-                if ok:
-                    running |= {pool.submit(launch, follower): (follower, []) for follower in waiting}
-                else:
-                    failed += [path, *waiting]
-            for future, (path, _) in running.items():
-                if future.running():
-                    print(f"       {path.with_suffix('')}: {progress(path)}", flush=True)
-    finally:
-        # on Ctrl-C the runs save a checkpoint and end; those that wait do not start
-        pool.shutdown(cancel_futures=True)
+    pool, children = ThreadPoolExecutor(study.jobs), set[subprocess.Popen[bytes]]()
+
+    def pass_on(number: int) -> None:
+        for child in list(children):
+            child.send_signal(number)
+
+    with Interrupts(pass_on):
+        try:
+            while True:
+                # the next suite and seed begins where the last one leaves a job idle
+                while len(running) < study.jobs and (group := next(groups, None)):
+                    running[pool.submit(launch, group[0], children)] = group[0], group[1:]
+                if not running:
+                    return failed
+                for done in wait(running, timeout=20, return_when=FIRST_COMPLETED).done:
+                    path, waiting = running.pop(done)
+                    ok = done.result() == 0
+                    print(f"{'done  ' if ok else 'FAILED'} {path.with_suffix('')}", flush=True)
+                    if ok:
+                        running |= {pool.submit(launch, follower, children): (follower, []) for follower in waiting}
+                    else:
+                        failed += [path, *waiting]
+                for future, (path, _) in running.items():
+                    if future.running():
+                        print(f"       {path.with_suffix('')}: {progress(path)}", flush=True)
+        finally:
+            # the runs were told too, save a checkpoint and end; those that wait do not start
+            pool.shutdown(cancel_futures=True)
 
 
 def progress(path: Path) -> str:
     """Where a run is, from the last line of its metrics."""
     metrics = path.with_suffix("") / "metrics.jsonl"
-    lines = metrics.read_text().splitlines() if metrics.exists() else []
-    trained = [record for line in lines[-64:] if (record := json.loads(line))["kind"] == "train"]
+    trained = [record for record in log.read(metrics) if record["kind"] == "train"]
     if not trained:
         return "warm start"
     last = trained[-1]

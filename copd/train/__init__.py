@@ -8,17 +8,16 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import signal
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedModel
 
-from copd import checkpoint, config, evaluate, results
+from copd import checkpoint, config, evaluate, files, results
 from copd.branch import Branch, NonFiniteLoss
 from copd.coevolve import coevolve, make_plan
 from copd.config import Config
@@ -27,6 +26,8 @@ from copd.log import Log, memory_mib, state_memory
 from copd.merge import merge
 from copd.model import load, load_like
 from copd.task import Task
+from copd.train import health
+from copd.train.interrupts import Interrupts
 
 logger = logging.getLogger("copd")
 C = TypeVar("C", bound=Config)
@@ -49,21 +50,41 @@ def from_files(cfg: Config, device: torch.device) -> Start:
 
 
 def run(cfg: C, start: Callable[[C, torch.device], Start] = from_files) -> dict[str, Any]:
-    """One whole run; returns what `results.json` holds. A finished run is read, not repeated.
+    """One whole run; returns what `results.json` holds. A finished run is read, not repeated, unless it is to go on.
 
     `start` makes what it begins with, on the device: files, or `copd.lab.start.start`.
     """
-    finished = cfg.run_dir / "results.json"
-    if cfg.resume and finished.exists():
-        found = json.loads(finished.read_text())
-        if checkpoint.identity(cfg) != checkpoint.identity(config.load(found["config"], schema=type(cfg))):
-            raise ValueError(f"resume: config must be the one of the finished run {cfg.run_dir}; got another")
+    with files.lock(cfg.run_dir), Interrupts():
+        if not cfg.resume and cfg.run_dir.exists():
+            logger.warning("resume=false: what was in %s is now in %s", cfg.run_dir, files.move_aside(cfg.run_dir))
+        if found := finished(cfg):
+            return found
+        if cfg.threads:
+            torch.set_num_threads(cfg.threads)
+        trainer = Run(cfg, *start(cfg, device_of(cfg)))
+        return trainer.finish(trainer.train())
+
+
+def finished(cfg: Config) -> dict[str, Any] | None:
+    """The results of this very run, or None where there are none or something is left to do for this config."""
+    path = cfg.run_dir / "results.json"
+    try:
+        found = json.loads(path.read_text()) if path.exists() else None
+    except json.JSONDecodeError as error:
+        logger.warning("resume: %s must be JSON; got %s; it is made again", path, error)
+        return None
+    if found is None:
+        return None
+    checkpoint.same(found["identity"], cfg, f"the finished run {cfg.run_dir}")
+    # what may change without touching the weights, and still makes other results
+    kept = ("cycles", "rl_steps", "opd_steps", "mixed_steps", "mopd_steps", "eval", "merge")
+    if all(found["config"][name] == asdict(cfg)[name] for name in kept):
         return found
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
-    clock = time.perf_counter()
-    trainer = Run(cfg, *start(cfg, device_of(cfg)))
-    return trainer.finish(trainer.train(), time.perf_counter() - clock)
+    if not checkpoint.found(cfg.run_dir):
+        raise ValueError(
+            f"resume: {cfg.run_dir} must have a checkpoint to go on from; got none; resume=false starts anew"
+        )
+    return None
 
 
 class Run:
@@ -94,41 +115,71 @@ class Run:
 
     def train(self) -> Log:
         cfg, plan, total = self.cfg, self.plan, len(self.plan.phases)
-        saved = checkpoint.found(self.directory) if cfg.resume else []
-        done = checkpoint.load(saved[-1], plan.branches, cfg) if saved else 0
+        done = saved = checkpoint.resume(self.directory, plan.branches, cfg) if cfg.resume else 0
+        if done > total:
+            raise ValueError(f"resume: cycles and steps must give at least the {done} steps done; got {total}")
+        (self.directory / "results.json").unlink(missing_ok=True)  # of a run that is to go on
+        files.write(self.directory / "config.yaml", config.dump(cfg))
         log = Log(self.directory, cfg, total, done)
-        (self.directory / "config.yaml").write_text(config.dump(cfg))
-        if done == 0:
-            evaluate.measure(plan, self.tasks, log, 0)
-        interrupted: list[bool] = []
-        previous = signal.signal(signal.SIGINT, lambda *_: _interrupt(interrupted))
-        clock = time.perf_counter()
+        updates = cfg.rlvr.updates_per_batch
+        start = [branch.updates - done * updates for branch in plan.branches]
         try:
-            for step, phase, metrics in coevolve(plan, done):
-                done, now = step, time.perf_counter()
-                for name, record in metrics.items():
-                    speed = sum(r["tokens"] for r in metrics.values()) / (now - clock)
-                    record |= {"step_time": now - clock, "tokens_per_s": speed, "memory_mib": memory_mib(self.device)}
-                    log.write("train", step, {"phase": phase, "branch": name} | record)
-                log.progress(phase, metrics)
-                evaluate.measure(plan, self.tasks, log, step)
-                if interrupted or (cfg.checkpoint_every and step % cfg.checkpoint_every == 0 and step < total):
-                    path = checkpoint.save(self.directory, step, plan.branches, cfg)
-                    if interrupted:
-                        logger.warning("interrupted: the same command continues from %s", path)
-                        raise KeyboardInterrupt
-                clock = time.perf_counter()
-        except NonFiniteLoss as error:
-            # branches that had already moved in this step make this state one to look at, not one to resume
-            failed = self.directory / f"failed-{done + 1}"
-            failed.mkdir(parents=True, exist_ok=True)
-            states = {branch.name: branch.state() for branch in plan.branches}
-            torch.save({"batch": error.batch, "branches": states}, failed / "state.pt")
-            raise RuntimeError(f"{error}; step {done + 1}, batch and weights saved in {failed}") from error
-        finally:
-            signal.signal(signal.SIGINT, previous)
+            with Interrupts() as interrupts:
+                evaluate.measure(plan, self.tasks, log, done)
+                steps, clock = coevolve(plan, done), time.perf_counter()
+                while done < total:
+                    with interrupts.hold():
+                        done, phase, metrics = next(steps)
+                        self._record(log, done, phase, metrics, time.perf_counter() - clock)
+                    if done == total or (cfg.checkpoint_every and done % cfg.checkpoint_every == 0):
+                        saved = done if self._save(done, required=cfg.checkpoint_required and done < total) else saved
+                    evaluate.measure(plan, self.tasks, log, done)
+                    clock = time.perf_counter()
+        except BaseException as error:
+            moved = {branch.updates - first for branch, first in zip(plan.branches, start, strict=True)}
+            if isinstance(error, NonFiniteLoss):
+                error = self._failed(error, done + 1)
+            if done > saved and moved == {done * updates}:
+                saved = done if self._save(done, required=False) else saved
+            elif done > saved:
+                logger.error("stopped within step %d, when some branches had moved: it is no state to resume", done + 1)
+            kept = f"checkpoint-{saved} of {self.directory}" if saved else "the start"
+            logger.warning("stopped after step %d of %d: the same command continues from %s", done, total, kept)
             log.close()
+            raise error
         return log
+
+    def _record(self, log: Log, step: int, phase: str, metrics: dict[str, dict[str, Any]], seconds: float) -> None:
+        speed = sum(record["tokens"] for record in metrics.values()) / seconds
+        for name, record in metrics.items():
+            record["num_tokens"] += log.last("train", branch=name).get("num_tokens", 0)
+            record |= {"step_time": seconds, "tokens_per_s": speed, "memory_mib": memory_mib(self.device)}
+            log.write("train", step, {"phase": phase, "branch": name} | record)
+        log.progress(phase, metrics)
+        for name, record in metrics.items():
+            health.check({"branch": name} | record, log, self.cfg)
+
+    def _save(self, step: int, required: bool) -> bool:
+        """Whether the checkpoint could be written; a full disk is an `OSError` only where it is required."""
+        try:
+            checkpoint.save(self.directory, step, self.plan.branches, self.cfg)
+        except (OSError, RuntimeError) as error:  # torch words a full disk as a RuntimeError
+            last = next(reversed(checkpoint.found(self.directory)), None)
+            reason = str(error).splitlines()[0]
+            message = f"checkpoint: step {step} must fit in {self.directory}; got {reason}; the last good one is {last}"
+            if required:
+                raise OSError(message) from error
+            logger.error(message)
+            return False
+        return True
+
+    def _failed(self, error: NonFiniteLoss, step: int) -> NonFiniteLoss:
+        """Branches that had already moved in this step make its state one to look at, not one to resume."""
+        path = self.directory / f"failed-{step}" / "state.pt"
+        with files.whole(path) as scratch:
+            states = {branch.name: branch.state() for branch in self.plan.branches}
+            torch.save({"batch": error.batch, "branches": states}, scratch)
+        return NonFiniteLoss(f"{error}; step {step}, batch and weights saved in {path.parent}", error.batch)
 
     def merged(self) -> PreTrainedModel:
         """The base with the branches' weights merged into it."""
@@ -137,20 +188,22 @@ class Run:
         model.load_state_dict(merge(self.base.state_dict(), states, self.cfg.merge))
         return model
 
-    def finish(self, log: Log, seconds: float) -> dict[str, Any]:
-        """Evaluates and saves every model, and writes `results.json`."""
-        cfg, everything = self.cfg, list(self.tasks.values())
-        models = [self.branch("base", everything), *self.plan.branches]
-        if cfg.method in ("copd", "independent"):
-            models.append(self.branch("merged", everything, self.merged()))
-        final, samples = evaluate.final(models, everything)
-        results.save(self.directory, models)
-        return results.write(self.directory, self.plan, self.tasks, log, final, samples, seconds)
-
-
-def _interrupt(interrupted: list[bool]) -> None:
-    """First Ctrl-C: stop after this step. Second: at once."""
-    if interrupted:
-        raise KeyboardInterrupt
-    interrupted.append(True)
-    logger.warning("interrupted: saving a checkpoint after this step")
+    def finish(self, log: Log) -> dict[str, Any]:
+        """Saves every model, evaluates it, and writes `results.json`."""
+        everything, branches = list(self.tasks.values()), self.plan.branches
+        try:
+            results.save(self.directory, branches)
+            models = [self.branch("base", everything), *branches]
+            if self.cfg.method in ("copd", "independent"):
+                models.append(self.branch("merged", everything, self.merged()))
+                results.save(self.directory, models[-1:])
+            partial = self.directory / "final.json"
+            final, samples = evaluate.final(models, everything, log, partial)
+            found = results.write(self.directory, self.plan, self.tasks, log, final, samples)
+            partial.unlink()
+        except BaseException:
+            logger.warning("stopped after training: the same command goes on with what %s has", self.directory)
+            raise
+        finally:
+            log.close()
+        return found

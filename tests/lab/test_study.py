@@ -10,6 +10,7 @@ import pytest
 from copd import config
 from copd.lab import study
 from copd.lab.config import LabConfig
+from copd.train.interrupts import Interrupts
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -26,7 +27,9 @@ def test_the_bundled_studies_load(tmp_path, name):
 
 def test_a_study_runs_each_method_in_its_process_and_continues(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(study, "launch", lambda path: calls.append(path.stem) or int(path.stem == "mixed-seed1"))
+    monkeypatch.setattr(
+        study, "launch", lambda path, children: calls.append(path.stem) or int(path.stem == "mixed-seed1")
+    )
     plan = study.Study(
         output_dir=str(tmp_path),
         seeds=[0, 1],
@@ -41,19 +44,22 @@ def test_a_study_runs_each_method_in_its_process_and_continues(tmp_path, monkeyp
 
 
 def test_a_failed_first_run_takes_those_that_need_it_along(tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "launch", lambda path: 1)
+    monkeypatch.setattr(study, "launch", lambda path, children: 1)
     plan = study.Study(output_dir=str(tmp_path), variants={"tiny": {"branches": {"text": {"task": "arithmetic"}}}})
     assert len(study.run(plan)) == 4
 
 
 def test_ctrl_c_starts_no_further_run(tmp_path, monkeypatch):
     calls, arrived = [], threading.Event()
+    heed = Interrupts._heed
 
-    def interrupt(*_):
+    def interrupt(*arguments):
         arrived.set()
-        raise KeyboardInterrupt
+        heed(*arguments)
 
-    def launch(path):
+    monkeypatch.setattr(Interrupts, "_heed", interrupt)
+
+    def launch(path, children):
         calls.append(path.stem)
         if path.stem == "copd-seed0":
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
@@ -65,7 +71,7 @@ def test_ctrl_c_starts_no_further_run(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "launch", launch)
     variants = {"tiny": {"branches": {"text": {"task": "arithmetic"}}}}
     # a shell starts background jobs with SIGINT ignored
-    before = signal.signal(signal.SIGINT, interrupt)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
             study.run(study.Study(output_dir=str(tmp_path), jobs=1, variants=variants))

@@ -14,7 +14,7 @@ from transformers.models.qwen2_vl import Qwen2VLImageProcessorPil
 
 from copd import train
 from copd.config import Config, DataConfig, load
-from copd.data import FileTask
+from copd.data import FileTask, fingerprint
 from copd.lab.config import TinyConfig
 from copd.lab.tasks import vocabulary
 from copd.lab.tasks.synthetic import patches
@@ -58,7 +58,10 @@ def processor():
 
 @pytest.fixture
 def write(tmp_path):
-    """Writes rows as `rows.jsonl` beside a blank `a.png` of 16 x 24 and a folder `clip` of frames 0 to 10."""
+    """Writes rows as `rows.jsonl` beside a blank `a.png` of 16 x 24 and a folder `clip` of frames 0 to 10.
+
+    A row's answer is 0 unless given.
+    """
     Image.new("RGB", (24, 16), "white").save(tmp_path / "a.png")
     (tmp_path / "clip").mkdir()
     for i in range(11):
@@ -66,7 +69,7 @@ def write(tmp_path):
 
     def write(*rows):
         path = tmp_path / "rows.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        path.write_text("".join(json.dumps({"answer": "0"} | row) + "\n" for row in rows))
         return str(path)
 
     return write
@@ -183,7 +186,7 @@ def test_rewards_see_columns_and_the_form_of_the_file(processor, write, monkeypa
     monkeypatch.setattr(task, "functions", [spy])
     assert task.reward([task.prompt(0), task.prompt(1), task.prompt(0, "test")], ["x", "y", "z"]) == [0.5] * 3
     assistant = [{"role": "assistant", "content": "y"}]
-    columns = {"answer": ["a", "b", None], "level": [3, None, None]}
+    columns = {"answer": ["a", "b", "0"], "level": [3, None, None]}
     assert seen == [(["Hi", chat, "Bye"], ["x", assistant, "z"], columns)]
 
 
@@ -317,3 +320,83 @@ def test_the_examples_train_from_a_saved_checkpoint(processor, tmp_path, monkeyp
     results = json.loads((cfg.run_dir / "results.json").read_text())
     assert set(results["final"]) == {"base", "text", "image", "video", "merged"}
     assert (cfg.run_dir / "merged" / "processor_config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "Hi", "answer": None}, "row must have the columns .*; got no answer for exact_match"),
+        ({"prompt": "Hi", "completions": 1}, "columns must not be called prompts or completions.*; got 'completions'"),
+        (
+            {"prompt": [{"role": "assistant", "content": "x"}]},
+            r"messages must hold a user turn; got roles \['assistant'",
+        ),
+        (
+            {"prompt": [{"role": "user"}]},
+            "messages must have a role, and content as text or parts; got {'role': 'user'}",
+        ),
+        ({"prompt": ["Hi"]}, "messages must have a role, and content as text or parts; got 'Hi'"),
+    ],
+)
+def test_a_row_no_reward_or_template_could_read_is_found_at_the_start(processor, write, row, message):
+    with pytest.raises(ValueError, match=f"words: row 1 of .*rows.jsonl: {message}"):
+        FileTask("words", config(write({"prompt": "Hi"}, row, {"prompt": "Bye"})), processor)
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x1c", "\x0c"])
+def test_only_newlines_end_a_line(processor, tmp_path, separator):
+    first, text = (json.dumps({"prompt": f"{i}{separator}b", "answer": "1"}, ensure_ascii=False) for i in range(2))
+    (tmp_path / "rows.jsonl").write_text(f"\ufeff{first}\r\n{text}\n", encoding="utf-8")
+    task = FileTask("text", config(str(tmp_path / "rows.jsonl"), chat=False, test_rows=1), processor)
+    assert task.prompt(0, "test").text == json.loads(text)["prompt"]
+
+
+@pytest.mark.parametrize("kind", ["json", "csv", "parquet"])
+def test_a_table_is_read_by_its_ending(processor, tmp_path, kind, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    getattr(datasets.Dataset.from_list(rows(3)), f"to_{kind}")(tmp_path / f"rows.{kind}")
+    task = FileTask("text", config(str(tmp_path / f"rows.{kind}")), processor)
+    assert [task.size("train"), task.size("test")] == [2, 1]
+    assert str(task.prompt(0, "test").columns["answer"]) == "2"
+
+
+def test_template_arguments_reach_the_template(processor, write, monkeypatch):
+    template = TEMPLATE + "{% if not thinks %}<think></think>{% endif %}"
+    monkeypatch.setattr(processor, "chat_template", template)
+    path = write(*rows(2))
+    texts = [FileTask("t", config(path, chat_template_kwargs=k), processor).prompt(0).text for k in ({"thinks": 1}, {})]
+    assert [text.endswith("<think></think>") for text in texts] == [False, True]
+
+
+def test_a_prompt_that_ends_in_an_assistants_words_is_continued(processor, write):
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "The answer is"}]
+    prompt = FileTask("text", config(write({"prompt": chat}, {"prompt": "Bye"})), processor).prompt(0)
+    assert prompt.text.endswith("<|im_start|>assistant\nThe answer is")
+
+
+def test_a_completion_without_reward_is_left_out_and_named_up_to_a_share(processor, write, caplog):
+    task = FileTask("text", config(write(*rows(3)), max_failed_rewards=0.5), processor)
+    task.functions = [lambda prompts, completions, answer, **_: [1 / float(text) for text in completions]]
+    prompts = [task.prompt(0), task.prompt(1)]
+    values = task.reward(prompts, ["2", "x"])
+    assert values[0] == 0.5
+    assert np.isnan(values[1])
+    assert "text: row 1 of" in caplog.text
+    assert "ValueError: could not convert" in caplog.text
+    assert task.reward_stats == {"rewards/failed_ratio": 0.5, "rewards/<lambda>/mean": 0.5, "rewards/<lambda>/std": 0.0}
+    with pytest.raises(ValueError, match=r"row 0 of .*: at most 50% of a batch may fail its reward; got 2 of 2; .*'y'"):
+        task.reward(prompts, ["y", "x"])
+
+
+def test_a_changed_file_or_reward_has_another_fingerprint(write, tmp_path, monkeypatch):
+    (tmp_path / "my_reward.py").write_text(
+        "def score(prompts, completions, **_):\n    return [0.0] * len(completions)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    cfg = config(write(*rows(3)), rewards=["my_reward:score"])
+    first = fingerprint(cfg)
+    assert fingerprint(cfg) == first
+    assert set(first) == {cfg.path, "my_reward:score"}
+    write(*rows(4))
+    assert fingerprint(cfg)[cfg.path] != first[cfg.path]

@@ -380,7 +380,7 @@ def test_checkpoints_load_with_from_pretrained(tmp_path):
 
     cfg = make_config(tmp_path)
     trainer = make_run(cfg)
-    trainer.finish(trainer.train(), 0.0)
+    trainer.finish(trainer.train())
     for folder, expected in (("merged", trainer.merged()), ("branch-image", trainer.plan.branches[1].model)):
         loaded = AutoModelForImageTextToText.from_pretrained(cfg.run_dir / folder)
         assert same(loaded.state_dict(), expected.state_dict())

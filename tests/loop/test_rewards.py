@@ -1,7 +1,9 @@
 """Built-in rewards, loading by name, and how several are combined."""
 
+import math
 import sys
 
+import numpy as np
 import pytest
 
 from copd import rewards
@@ -122,7 +124,7 @@ def even_rows(prompts, completions, keep, **columns):
 
 def test_combine_weights_and_adds_what_applies():
     total = rewards.combine([length, even_rows], [0.5, 2.0], ["p"] * 2, ["abc", "de"], {"keep": [True, False]})
-    assert total == [3.5, 1.0]
+    assert total == ([3.5, 1.0], {"length": [3.0, 2.0], "even_rows": [1.0, None]}, {})
 
 
 def test_combine_hands_prompts_completions_and_columns_over():
@@ -132,7 +134,7 @@ def test_combine_hands_prompts_completions_and_columns_over():
         seen.update(arguments)
         return [0.0]
 
-    rewards.combine([spy], None, ["p"], ["c"], {"answer": ["a"], "other": [1]})
+    assert rewards.combine([spy], None, ["p"], ["c"], {"answer": ["a"], "other": [1]}).total == [0.0]
     assert seen == {"prompts": ["p"], "completions": ["c"], "answer": ["a"], "other": [1]}
 
 
@@ -145,14 +147,60 @@ def test_combine_refuses_a_wrong_count():
         rewards.combine([short], None, ["p"] * 2, ["a", "b"], {})
 
 
-def test_combine_refuses_a_row_to_which_nothing_applies():
-    with pytest.raises(ValueError, match=r"one of \['even_rows'\] must apply to every row; .* for completion 1"):
-        rewards.combine([even_rows], None, ["p"] * 2, ["a", "b"], {"keep": [True, False]})
+@pytest.mark.parametrize("value", [{"overall": 1.0}, 1.0, None, "1"])
+def test_combine_refuses_what_is_no_list(value):
+    with pytest.raises(ValueError, match="must return one reward for each of the 1 completions; got a"):
+        rewards.combine([lambda **arguments: value], None, ["p"], ["a"], {})
 
 
-def test_combine_refuses_nan():
-    with pytest.raises(ValueError, match="must return finite numbers or None; got nan for completion 0"):
-        rewards.combine([lambda **arguments: [float("nan")]], None, ["p"], ["a"], {})
+def test_a_row_to_which_nothing_applies_is_its_problem_alone():
+    score = rewards.combine([even_rows], None, ["p"] * 2, ["a", "b"], {"keep": [True, False]})
+    assert score.total[0] == 1.0
+    assert math.isnan(score.total[1])
+    assert list(score.problems) == [1]
+    assert "one of ['even_rows'] must apply to every row" in score.problems[1]
+
+
+@pytest.mark.parametrize(
+    ("value", "got"), [(math.nan, "nan"), (math.inf, "inf"), ("1", "'1'"), ({"overall": 1.0}, "{'overall': 1.0}")]
+)
+def test_a_reward_that_is_no_finite_number_is_a_problem_of_its_row(value, got):
+    score = rewards.combine([lambda **arguments: [value, 1.0]], None, ["p"] * 2, ["a", "b"], {})
+    assert math.isnan(score.total[0])
+    assert score.total[1] == 1.0
+    assert score.problems[0].endswith(f"must return finite numbers or None; got {got}")
+
+
+def raises_on_empty(prompts, completions, **columns):
+    return [float(text[0] == "a") for text in completions]
+
+
+def test_an_exception_is_a_problem_of_the_row_that_made_it():
+    score = rewards.combine([raises_on_empty, length], None, ["p"] * 3, ["a", "", "b"], {})
+    assert (score.total[0], score.total[2]) == (2.0, 1.0)
+    assert list(score.problems) == [1]
+    assert "raises_on_empty raised IndexError: string index out of range" in score.problems[1]
+
+
+def test_coroutines_arrays_and_numpy_numbers_are_rewards_too():
+    async def later(prompts, completions, **columns):
+        return [2.0] * len(completions)
+
+    def array(prompts, completions, **columns):
+        return np.ones(len(completions))
+
+    score = rewards.combine([later, array], None, ["p"] * 2, ["a", "b"], {})
+    assert score.total == [3.0, 3.0]
+    assert rewards.combine([lambda **_: [np.float32(0.5)]], None, ["p"], ["a"], {}).total == [0.5]
+
+
+def test_the_columns_a_reward_needs_are_those_it_names_without_a_default():
+    def graded(prompts, completions, solution, level=1, **columns):
+        return []
+
+    assert rewards.needed(graded) == {"solution"}
+    assert rewards.needed(rewards.exact_match) == {"answer"}
+    assert rewards.needed(rewards.think_format) == set()
 
 
 def test_combine_refuses_weights_of_another_number():
@@ -169,4 +217,4 @@ def test_trl_rewards_plug_in():
     trl = pytest.importorskip("trl.rewards")
     pytest.importorskip("math_verify")
     chat = [[{"role": "assistant", "content": r"\boxed{4}"}]]
-    assert rewards.combine([trl.accuracy_reward], None, ["p"], chat, {"solution": ["4"]}) == [1.0]
+    assert rewards.combine([trl.accuracy_reward], None, ["p"], chat, {"solution": ["4"]}).total == [1.0]
