@@ -80,7 +80,8 @@ def logprob_backward(
     for chunk in space.chunks:
         keep = tokens[chunk] != ignore_index
         z, dlogits = space.logits(chunk), space.dlogits(chunk)
-        mine = head.read(chunk, keep)
+        # what has no upstream gradient contributes nothing, even if it is NaN
+        mine = head.read(chunk, (upstream[:, chunk] != 0).any(0))
         if not kept.numel():
             head.project(mine, z[0], rows)
         g = upstream[:, chunk] * gradients.factor

@@ -30,7 +30,9 @@ def normalise(z: Tensor) -> tuple[Tensor, Tensor]:
     peaked row's entropy and divergences consist of nothing else.
     """
     if z.dtype != torch.float64:
-        return torch.log_softmax(z, -1), torch.logsumexp(z, -1)
+        lse = torch.logsumexp(z, -1)
+        # as below, NaN where it is infinite
+        return torch.log_softmax(z, -1), lse + 0 * lse
     top = z.max(-1, keepdim=True).indices
     largest = z.gather(-1, top)
     x = z - largest
@@ -118,8 +120,8 @@ def kl(
     for j, teacher in enumerate(teachers):
         if teacher_index is None:
             assert teacher_weight is not None  # one of the two is given
-            owned, weight = torch.ones_like(token_weight, dtype=torch.bool), teacher_weight[j]
-            theirs = token_weight != 0
+            owned, weight = teacher_weight[j] != 0, teacher_weight[j]
+            theirs = owned & (token_weight != 0)
         else:
             owned, weight = teacher_index == j, token_weight.new_ones(())
             theirs = (token_weight != 0)[owned]

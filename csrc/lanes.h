@@ -51,6 +51,8 @@ template <class F> COPD_FN F expm1_(F x, F& e) {
 }
 COPD_FN float log1p_(float x) { return ::log1pf(x); }
 COPD_FN double log1p_(double x) { return ::log1p(x); }
+COPD_FN float log_(float x) { return ::logf(x); }
+COPD_FN double log_(double x) { return ::log(x); }
 COPD_FN bool any(bool x) { return x; }
 template <class F> COPD_FN F larger(F a, F b) { return a > b ? a : b; }
 
@@ -161,13 +163,11 @@ template <class F> COPD_FN F expm1_(F x) {
     return expm1_(x, e);
 }
 
-// log(1 + y) for y > -1: 1 + y = 2**k (1 + f), and log(1 + f) = 2 atanh(f / (2 + f)) by its series
-template <class F> COPD_FN F log1p_above(F y) {
+// log(w + lost) for w > 0: w = 2**k (1 + f), and log(1 + f) = 2 atanh(f / (2 + f)) by its series
+template <class F> COPD_FN F log_of(F w, F lost) {
     using K = Format<F>;
     using S = Number<F>;
     using I = Index<F>;
-    F w = 1 + y;
-    F lost = y - (w - 1);  // what rounding took off
     I k = ((I)w - K::ROOT_HALF) >> K::MANTISSA;
     F scale = power_of_two<F>(-k);
     F f = (w * scale - 1) + lost * scale;
@@ -178,8 +178,11 @@ template <class F> COPD_FN F log1p_above(F y) {
     F n = __builtin_convertvector(k, F);
     return (n * K::LN2_HIGH + log_f) + n * K::LN2_LOW;
 }
-COPD_FN Floats log1p_(Floats y) { return log1p_above(y); }
-COPD_FN Doubles log1p_(Doubles y) { return log1p_above(y); }
+COPD_FN Floats log_(Floats x) { return log_of(x, Floats{}); }
+COPD_FN Doubles log_(Doubles x) { return log_of(x, Doubles{}); }
+// with what the rounding of 1 + y takes off
+COPD_FN Floats log1p_(Floats y) { return log_of(1 + y, y - ((1 + y) - 1)); }
+COPD_FN Doubles log1p_(Doubles y) { return log_of(1 + y, y - ((1 + y) - 1)); }
 
 #endif  // __CUDACC__
 

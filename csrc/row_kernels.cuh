@@ -43,7 +43,8 @@ template <class S, class Out> struct Work {
     int64_t R, V;
     int student, T;
     int teachers[MAX_TEACHERS];
-    S beta, cap;
+    Mixture<S> mixture;
+    S cap;
     const S* weight;  // (T, R)
     S* value;         // (T, R)
     Out* dlogits;     // (R, V)
@@ -256,8 +257,8 @@ template <class X> __device__ X reduce(X x, X (&shared)[WARPS]) {
 
 __device__ void narrow(float x, float& y) { y = x; }
 __device__ void narrow(double x, double& y) { y = x; }
-// saturates rather than overflow
-__device__ void narrow(float x, __half& y) { y = __float2half_rn(x != x ? x : fminf(fmaxf(x, -65504.0f), 65504.0f)); }
+// beyond its range a number becomes infinite, never a wrong finite one
+__device__ void narrow(float x, __half& y) { y = __float2half_rn(x); }
 __device__ void narrow(float x, __nv_bfloat16& y) { y = __float2bfloat16_rn(x); }
 
 template <class S, class Out, int N>
@@ -312,7 +313,7 @@ __device__ void kl_rows(Rows& rows, const Work<S, Out>& work, Scratch<S>& shared
         if (own < work.T) {
             Pair<S> pair;
             pair.s = sides.s, pair.t = sides.t;
-            prepare(D, work.beta, pair);
+            prepare(D, work.mixture, pair);
             pair.weight = work.weight ? work.weight[own * work.R + r] : S(0);
             if (D != Divergence::jsd && rows.begin() == 0) work.value[own * work.R + r] = value(D, pair);
             shared.pairs[own] = pair;
@@ -328,14 +329,14 @@ __device__ void kl_rows(Rows& rows, const Work<S, Out>& work, Scratch<S>& shared
                     rows.load(i, work.student, r, col, s);
                     rows.load(i, work.teachers[j], r, col, t);
 #pragma unroll
-                    for (int n = 0; n < N; ++n) jsd_term(sums, s[n], t[n], (Index<S>)(col + n), pair, work.beta);
+                    for (int n = 0; n < N; ++n) jsd_term(sums, s[n], t[n], (Index<S>)(col + n), pair, work.mixture);
                 });
                 sums = reduce(sums, shared.sums);
                 if (threadIdx.x == 0) shared.partial_sums[turn][j] = sums;
             }
             JsdSums<S> sums = rows.combined(shared.partial_sums, turn, work.T);
             if (own < work.T) {
-                S divergence = settle(sums, work.beta, shared.pairs[own]);
+                S divergence = settle(sums, work.mixture, shared.pairs[own]);
                 if (rows.begin() == 0) work.value[own * work.R + r] = divergence;
             }
             __syncthreads();
@@ -355,7 +356,7 @@ __device__ void kl_rows(Rows& rows, const Work<S, Out>& work, Scratch<S>& shared
                         S t[N];
                         rows.load(i, work.teachers[j], r, col, t);
 #pragma unroll
-                        for (int n = 0; n < N; ++n) teach<D>(s[n], t[n], pair, work.beta, a[n], b[n]);
+                        for (int n = 0; n < N; ++n) teach<D>(s[n], t[n], pair, work.mixture, a[n], b[n]);
                     }
 #pragma unroll
                     for (int n = 0; n < N; ++n) a[n] = dlogit(s[n], a[n], b[n], gradient);
@@ -386,14 +387,14 @@ __device__ void logprob_rows(Rows& rows, const Work<S, Out>& work, Scratch<S>& s
         sides = reduce(sides, shared.sides);
         if (threadIdx.x == 0) shared.partial_sides[turn][0] = sides;
         sides = rows.combined(shared.partial_sides, turn, 1);
-        if (threadIdx.x == 0) shared.pairs[0].s = sides.s;
+        if (threadIdx.x == 0) shared.pairs[0].s = sides.s.distribution();
         __syncthreads();
         const Side<S> side = shared.pairs[0].s;
         int64_t token = work.tokens[r];
         if (!work.dlogits && threadIdx.x == 0 && rows.begin() == 0) {
-            work.results[0][r] = (work.row(0, r)[token] - side.max) - side.norm();
-            work.results[1][r] = side.norm() - side.mean();
-            work.results[2][r] = side.max + side.norm();
+            work.results[0][r] = side.logp(work.row(0, r)[token]);
+            work.results[1][r] = side.entropy();
+            work.results[2][r] = side.lse();
         }
         if (work.dlogits) {
             const LogProbGradient<S> gradient(side, (Index<S>)token, work.upstream[0][r], work.upstream[1][r],

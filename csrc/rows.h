@@ -8,8 +8,9 @@
 //     tail   = sum_{v != c} exp(z_v - z_c)                  1 - p_c = tail / (1 + tail), exact for p_c -> 1
 //     moment = sum_{v != c} exp(z_v - z_c) (x_v - x_c)      E_p[x] = x_c + moment / (1 + tail)
 //
-// from which the functions below make every divergence and its gradient. copd_kernels/rows/stats.py is the same in
-// PyTorch; copd_kernels/reference.py says what they mean.
+// from which the functions below make every divergence and its gradient. A NaN in any column is a NaN in the tail, and
+// nothing takes it out again. copd_kernels/rows/stats.py is the same in PyTorch; copd_kernels/reference.py says what
+// they mean.
 #pragma once
 
 #include "lanes.h"
@@ -21,13 +22,14 @@ enum class Divergence { reverse, forward, symmetric, jsd };
 // stands for an infinite log-ratio: finite, so that zero mass times it is zero
 template <class S> inline constexpr S FAR = S(1e30);
 template <class S> inline constexpr S INFINITE = S(HUGE_VALF);
+template <class S> inline constexpr S NOT_A_NUMBER = S(__builtin_nanf(""));
 
 // --- statistics -----------------------------------------------------------------------------------
 
 // One distribution seen from its top token, beside another one.
 template <class F> struct Side {
     F max = F{} - INFINITE<Number<F>>;  // largest logit
-    Index<F> top = Index<F>{};          // its column, the lowest among equals
+    Index<F> top = Index<F>{} - 1;      // its column, the lowest among equals; -1 where nothing has mass
     F tail = F{};                       // sum over all other columns of exp(z - max)
     F cross = F{};                      // the other distribution's logit at `top`
     F moment = F{};                     // sum over all other columns of exp(z - max) ((z - other) - (max - cross))
@@ -35,6 +37,18 @@ template <class F> struct Side {
     COPD_FN F p_top() const { return 1 / (1 + tail); }
     COPD_FN F norm() const { return log1p_(tail); }
     COPD_FN F mean() const { return moment / (1 + tail); }
+
+    // A row with an infinite logit or without any mass is none: its tail, and all that is made from it, is NaN.
+    COPD_FN Side distribution() const {
+        Side side = *this;
+        if (max - max != 0) side.tail = NOT_A_NUMBER<F>;
+        return side;
+    }
+
+    // of a row beside no other
+    COPD_FN F logp(F z) const { return (z - max) - norm(); }
+    COPD_FN F lse() const { return max + norm(); }
+    COPD_FN F entropy() const { return norm() - mean(); }
 };
 
 // What a tile adds to the tail and the moment. CAREFUL leaves the top token out, and a column without mass counts nothing
@@ -116,24 +130,53 @@ template <class S> COPD_FN Side<S> merge(const Side<S>& a, const Side<S>& b) {
 
 // --- values ---------------------------------------------------------------------------------------
 
-// KL(a || b): infinite where b has no mass at a's top token (elsewhere the moment is)
-template <class S> COPD_FN S kl_from(const Side<S>& a, const Side<S>& b) {
-    return a.cross == -INFINITE<S> ? INFINITE<S> : b.norm() - a.norm() + (b.max - a.cross) + a.mean();
+// log(1 + tail) of a less that of b; of nearly equal rows the quotient keeps what the difference would lose
+template <class S> COPD_FN S norm_gap(const Side<S>& a, const Side<S>& b) {
+    S grown = (a.tail - b.tail) / (1 + b.tail);
+    return grown > S(-0.5) && grown < 1 ? log1p_(grown) : a.norm() - b.norm();
 }
 
-// u = log(p / m), w = log(q / m) for r = log(p / q), m = beta q + (1 - beta) p; exact near 0, finite throughout. Returns
-// the smaller of p and q over the larger.
-template <class F> COPD_FN F log_mix(F r, Number<F> beta, F& u, F& w) {
+// KL(a || b) but for norm_gap(b, a): infinite where b has no mass at a's top token (elsewhere the moment is)
+template <class S> COPD_FN S excess(const Side<S>& a, const Side<S>& b) {
+    return a.cross == -INFINITE<S> ? INFINITE<S> : (b.max - a.cross) + a.mean();
+}
+
+// m = teacher * q + student * p; both shares are given, because one less the other may be nothing in fp32.
+template <class S> struct Mixture {
+    S teacher = 0, student = 0;
+
+    Mixture() = default;
+    explicit Mixture(double beta) : teacher(S(beta)), student(S(1 - beta)) {}
+
+    // m is nearly one of the two, and differences from that one must not be taken of larger numbers
+    COPD_FN bool one_sided() const { return teacher < S(0.1) || student < S(0.1); }
+};
+
+// u = log(p / m), w = log(q / m) for r = log(p / q); exact near 0, finite throughout. Returns the smaller of p and q over
+// the larger.
+template <class F> COPD_FN F log_mix(F r, const Mixture<Number<F>>& m, F& u, F& w) {
     constexpr auto FAR_ = FAR<Number<F>>;
     r = r > FAR_ ? F{} + FAR_ : r;
     r = r < -FAR_ ? F{} - FAR_ : r;
     r = r != r ? F{} : r;
     auto lower = r < 0;
-    F near = lower ? r : -r;
-    F ratio;
-    F mix = log1p_((lower ? F{} + (1 - beta) : F{} + beta) * expm1_(near, ratio));
-    u = (lower ? r : F{}) - mix;
-    w = (lower ? F{} : -r) - mix;
+    F near = lower ? r : -r, ratio, less = expm1_(near, ratio);
+    F share = lower ? F{} + m.student : F{} + m.teacher;
+    F grown = share * less;
+    if (!m.one_sided()) {
+        F mix = log1p_(grown);  // log of m over the larger
+        u = (lower ? r : F{}) - mix;
+        w = (lower ? F{} : -r) - mix;
+        return ratio;
+    }
+    F other = lower ? F{} + m.teacher : F{} + m.student;
+    F mix = grown > Number<F>(-0.5) ? log1p_(grown) : log_(other + share * ratio);
+    // log of m over the smaller, by itself while it is near 0
+    F beyond = -other * less / ratio;
+    F small = near - mix, direct = -log1p_(beyond);
+    small = beyond < 1 ? direct : small;
+    u = lower ? small : -mix;
+    w = lower ? -mix : small;
     return ratio;
 }
 
@@ -147,7 +190,7 @@ template <class F> struct JsdSums {
 // What one student and one teacher mean to each other in one row.
 template <class S> struct Pair {
     Side<S> s, t;
-    S gap = 0;     // log(1 + tail) of the student less the teacher's
+    S gap = 0;     // log(1 + tail) of the student less the teacher's; NaN if either is no distribution
     S weight = 0;  // of this pair in the gradient
     S offset = 0;  // what the gradient's x (or u) is measured from: its value at the student's top token
     S mean = 0;    // expectation of that under p
@@ -162,17 +205,19 @@ template <class S> struct Pair {
 };
 
 template <class S> COPD_FN S value(Divergence d, const Pair<S>& pair) {
-    S reverse = d == Divergence::forward ? S(0) : kl_from(pair.s, pair.t);
-    S forward = d == Divergence::reverse ? S(0) : kl_from(pair.t, pair.s);
-    return reverse + forward;
+    S reverse = excess(pair.s, pair.t), forward = excess(pair.t, pair.s);
+    if (d == Divergence::reverse) return reverse - pair.gap;
+    if (d == Divergence::forward) return forward + pair.gap;
+    return (reverse + forward) + 0 * pair.gap;  // the norms cancel
 }
 
-template <class S> COPD_FN void prepare(Divergence d, S beta, Pair<S>& pair) {
-    pair.gap = pair.s.norm() - pair.t.norm();
+template <class S> COPD_FN void prepare(Divergence d, const Mixture<S>& m, Pair<S>& pair) {
+    pair.s = pair.s.distribution(), pair.t = pair.t.distribution();
+    pair.gap = norm_gap(pair.s, pair.t);
     pair.offset = pair.s.max - pair.s.cross;
-    pair.mean = pair.s.mean();
+    pair.mean = pair.s.mean() + 0 * pair.gap;
     S unused;
-    if (d == Divergence::jsd) log_mix(pair.ratio_at_top(), beta, pair.offset, unused);
+    if (d == Divergence::jsd) log_mix(pair.ratio_at_top(), m, pair.offset, unused);
 }
 
 template <class F, class S> COPD_FN F log_ratio(F s, F t, const Pair<S>& pair) {
@@ -181,9 +226,9 @@ template <class F, class S> COPD_FN F log_ratio(F s, F t, const Pair<S>& pair) {
 
 // Adds a column; returns u less its value at the student's top token.
 template <class F, class S>
-COPD_FN F jsd_term(JsdSums<F>& sums, F s, F t, Index<F> col, const Pair<S>& pair, S beta) {
+COPD_FN F jsd_term(JsdSums<F>& sums, F s, F t, Index<F> col, const Pair<S>& pair, const Mixture<S>& m) {
     F u, w, r = log_ratio(s, t, pair);
-    F ratio = log_mix<F>(r, beta, u, w);
+    F ratio = log_mix<F>(r, m, u, w);
     auto lower = r < 0;
     F most = exp_(lower ? t - pair.t.max : s - pair.s.max) * (lower ? F{} + pair.t.p_top() : F{} + pair.s.p_top());
     F least = most * ratio;
@@ -197,10 +242,10 @@ COPD_FN F jsd_term(JsdSums<F>& sums, F s, F t, Index<F> col, const Pair<S>& pair
 }
 
 // Takes what the sums say; returns the divergence.
-template <class S> COPD_FN S settle(const JsdSums<S>& sums, S beta, Pair<S>& pair) {
-    pair.mean = sums.moment;
-    pair.weight *= 1 - beta;
-    return beta * sums.to_teacher + (1 - beta) * sums.to_student;
+template <class S> COPD_FN S settle(const JsdSums<S>& sums, const Mixture<S>& m, Pair<S>& pair) {
+    pair.mean = sums.moment + 0 * pair.gap;
+    pair.weight *= m.student;
+    return (m.teacher * sums.to_teacher + m.student * sums.to_student) + 0 * pair.gap;
 }
 
 // --- softcap --------------------------------------------------------------------------------------
@@ -222,7 +267,8 @@ template <class F, class S> COPD_FN F soft_capped(F z, S cap) {
 //     symmetric  g_v = p_v (sum_j w_j (x_jv - x_jc) - centre) - sum_j w_j q_jv
 //     jsd        g_v = p_v (sum_j w_j (u_jv - u_jc) - centre)                 u_j = log(p / m_j), w_j times 1 - beta
 //
-// and at the student's top token, where all of these cancel, at_top.
+// and at the student's top token, where all of these cancel, at_top. A row without weight has p_top 0: its gradient is 0
+// whatever its logits are.
 template <class S> struct RowGradient {
     S max = 0, p_top = 0;
     Index<S> top = 0;
@@ -231,11 +277,12 @@ template <class S> struct RowGradient {
 
     RowGradient() = default;
     COPD_FN RowGradient(Divergence d, const Pair<S>* pairs, int T, S cap) : cap(cap) {
-        max = pairs[0].s.max, top = pairs[0].s.top, p_top = pairs[0].s.p_top();
+        max = pairs[0].s.max, top = pairs[0].s.top;
         S total = 0, forward = 0;
         for (int j = 0; j < T; ++j) {
             // a masked row's statistics may be infinite or NaN: its weight of zero must win
             if (pairs[j].weight == 0) continue;
+            p_top = pairs[0].s.p_top();
             total += pairs[j].weight;
             centre += pairs[j].weight * pairs[j].mean;
             if (d == Divergence::forward || d == Divergence::symmetric)
@@ -248,10 +295,11 @@ template <class S> struct RowGradient {
 };
 
 // Adds teacher `pair` to what multiplies p (a) and to what is taken off (b).
-template <Divergence D, class F, class S> COPD_FN void teach(F s, F t, const Pair<S>& pair, S beta, F& a, F& b) {
+template <Divergence D, class F, class S>
+COPD_FN void teach(F s, F t, const Pair<S>& pair, const Mixture<S>& m, F& a, F& b) {
     if constexpr (D == Divergence::jsd) {
         F u, w;
-        log_mix<F>(log_ratio(s, t, pair), beta, u, w);
+        log_mix<F>(log_ratio(s, t, pair), m, u, w);
         a += pair.weight * (u - pair.offset);
     }
     if constexpr (D == Divergence::reverse || D == Divergence::symmetric)
@@ -267,6 +315,7 @@ template <class F, class S> COPD_FN F through_cap(F g, F z, S cap) {
 
 // Everywhere but at the top token, where the caller writes `at_top` through the cap.
 template <class F, class S> COPD_FN F dlogit(F s, F a, F b, const RowGradient<S>& row) {
+    if (row.p_top == 0) return F{};
     F p = exp_(s - row.max) * row.p_top;
     F g = p * (a - row.centre);
     g = (p == 0 ? F{} : g) - b;  // no mass: nothing, however large a is
@@ -275,7 +324,7 @@ template <class F, class S> COPD_FN F dlogit(F s, F a, F b, const RowGradient<S>
 
 // The gradient at the top token, through the cap.
 template <class Row> COPD_FN auto at_top(const Row& row) {
-    return row.cap == 0 ? row.at_top : through_cap(row.at_top, row.max, row.cap);
+    return row.cap == 0 || row.p_top == 0 ? row.at_top : through_cap(row.at_top, row.max, row.cap);
 }
 
 // --- log-probabilities ----------------------------------------------------------------------------
@@ -286,8 +335,10 @@ template <class S> struct LogProbGradient {
     Index<S> top, token;
 
     COPD_FN LogProbGradient(const Side<S>& side, Index<S> token, S dlogp, S dentropy, S dlse, S cap)
-        : max(side.max), p_top(side.p_top()), mean(side.mean()), dlogp(dlogp), dentropy(dentropy), dlse(dlse),
+        : max(side.max), p_top(0), mean(side.mean()), dlogp(dlogp), dentropy(dentropy), dlse(dlse), at_top(0),
           cap(cap), top(side.top), token(token) {
+        if (dlogp == 0 && dentropy == 0 && dlse == 0) return;  // without weight, as above
+        p_top = side.p_top();
         S own = token == side.top ? side.tail * p_top : -p_top;
         at_top = dlogp * own + (dentropy * mean + dlse) * p_top;
     }
@@ -295,6 +346,7 @@ template <class S> struct LogProbGradient {
 
 // Everywhere but at the top token, as above.
 template <class F, class S> COPD_FN F dlogit(F z, Index<F> col, const LogProbGradient<S>& row) {
+    if (row.p_top == 0) return F{};
     F x = z - row.max;
     F p = exp_(x) * row.p_top;
     F g = p * ((row.dlse - row.dlogp) - row.dentropy * (x - row.mean));

@@ -1,6 +1,8 @@
 // Rows on a CPU: OpenMP over rows, vectors along a row. A row of every head fits the second-level cache, so that the
 // few sweeps over it read memory once. Compiled once for each COPD_ISA; bindings.cpp picks one at run time.
 
+#include <omp.h>
+
 #include <algorithm>
 #include <memory>
 
@@ -39,10 +41,8 @@ struct Half {
 struct Brain {
     uint16_t bits;
 };
-inline Half narrow(float x, Half) {
-    // saturates rather than overflow
-    return {(_Float16)(x > 65504 ? 65504.0f : x < -65504 ? -65504.0f : x)};
-}
+// beyond its range a number becomes infinite, never a wrong finite one
+inline Half narrow(float x, Half) { return {(_Float16)x}; }
 inline Brain narrow(float x, Brain) {
     uint32_t bits;
     std::memcpy(&bits, &x, 4);
@@ -107,14 +107,16 @@ template <class S> Side<S> measure(const S* row, int64_t V) {
 // `lesson`, if any, is what the teachers so far ask of each column, and takes this one's part: the gradient then needs no
 // logarithm again.
 template <class S>
-JsdSums<S> jsd_sums(const S* student, const S* teacher, int64_t V, const Pair<S>& pair, S beta, S* lesson) {
+JsdSums<S> jsd_sums(const S* student, const S* teacher, int64_t V, const Pair<S>& pair, const Mixture<S>& m,
+                    S* lesson) {
     JsdSums<Vector<S>> sums;
-    const S weight = (1 - beta) * pair.weight;
+    const S weight = m.student * pair.weight;
+    if (weight == 0) lesson = nullptr;
     for (int64_t col = 0; col < V; col += N * WIDTH<S>) {
         auto s = load(student, col, V, -INFINITE<S>), t = load(teacher, col, V, -INFINITE<S>);
         Tile<S> u;
         for (int i = 0; i < N; ++i)
-            u.x[i] = jsd_term(sums, s.x[i], t.x[i], columns<S>(col + i * WIDTH<S>), pair, beta);
+            u.x[i] = jsd_term(sums, s.x[i], t.x[i], columns<S>(col + i * WIDTH<S>), pair, m);
         if (!lesson) continue;
         auto a = load(lesson, col, V, S(0));
         for (int i = 0; i < N; ++i) a.x[i] += weight * u.x[i];
@@ -125,7 +127,7 @@ JsdSums<S> jsd_sums(const S* student, const S* teacher, int64_t V, const Pair<S>
 
 template <Divergence D, class S, class Out>
 void differentiate(const S* student, const S* const* teachers, int T, int64_t V, const Pair<S>* pairs,
-                   const RowGradient<S>& row, S beta, const S* lesson, Out* out) {
+                   const RowGradient<S>& row, const Mixture<S>& m, const S* lesson, Out* out) {
     for (int64_t col = 0; col < V; col += N * WIDTH<S>) {
         auto s = load(student, col, V, -INFINITE<S>);
         Tile<S> a{}, b{};
@@ -133,43 +135,53 @@ void differentiate(const S* student, const S* const* teachers, int T, int64_t V,
         for (int j = 0; D != Divergence::jsd && j < T; ++j) {
             if (pairs[j].weight == 0) continue;
             auto t = load(teachers[j], col, V, -INFINITE<S>);
-            for (int i = 0; i < N; ++i) teach<D>(s.x[i], t.x[i], pairs[j], beta, a.x[i], b.x[i]);
+            for (int i = 0; i < N; ++i) teach<D>(s.x[i], t.x[i], pairs[j], m, a.x[i], b.x[i]);
         }
         for (int i = 0; i < N; ++i) a.x[i] = dlogit(s.x[i], a.x[i], b.x[i], row);
         store(out, col, V, a);
     }
-    out[row.top] = narrow(at_top(row), Out{});
+    if (row.top >= 0) out[row.top] = narrow(at_top(row), Out{});
+}
+
+// One thread does what takes less time than waking another.
+int threads_for(int64_t heads, const Logits& logits, int threads) {
+    return heads * logits.R * logits.V < (1 << 15) ? 1 : threads;
 }
 
 template <Divergence D, class S, class Out> void kl_rows(const KlArguments& args, int threads) {
     const auto [z, type, heads, R, V] = args.logits;
     constexpr bool P = D != Divergence::forward && D != Divergence::jsd;
     constexpr bool Q = D == Divergence::forward || D == Divergence::symmetric;
-    const S beta = S(args.beta);
+    const Mixture<S> m(args.beta);
+    // allocated here, where a failure can be thrown, in one piece a thread
+    const bool learns = D == Divergence::jsd && args.gradient.dlogits;
+    std::unique_ptr<Pair<S>[]> all_pairs(new Pair<S>[threads * args.T]);
+    std::unique_ptr<const S*[]> all_teachers(new const S*[threads * args.T]);
+    std::unique_ptr<S[]> lessons(learns ? new S[threads * V] : nullptr);
 #pragma omp parallel num_threads(threads)
     {
-        std::unique_ptr<Pair<S>[]> pairs(new Pair<S>[args.T]);
-        std::unique_ptr<const S*[]> teachers(new const S*[args.T]);
-        std::unique_ptr<S[]> lesson(D == Divergence::jsd && args.gradient.dlogits ? new S[V] : nullptr);
+        Pair<S>* pairs = all_pairs.get() + omp_get_thread_num() * args.T;
+        const S** teachers = all_teachers.get() + omp_get_thread_num() * args.T;
+        S* lesson = learns ? lessons.get() + omp_get_thread_num() * V : nullptr;
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < R; ++r) {
             auto row_of = [&](int head) { return (const S*)z + (head * R + r) * V; };
             const S* student = row_of(args.student);
-            if (lesson) std::fill_n(lesson.get(), V, S(0));
+            if (lesson) std::fill_n(lesson, V, S(0));
             for (int j = 0; j < args.T; ++j) {
                 teachers[j] = row_of(args.teachers[j]);
                 Pair<S>& pair = pairs[j];
                 measure<P, Q>(student, teachers[j], V, pair);
-                prepare(D, beta, pair);
+                prepare(D, m, pair);
                 pair.weight = args.weight ? ((const S*)args.weight)[j * R + r] : S(0);
                 ((S*)args.value)[j * R + r] = D == Divergence::jsd
-                    ? settle(jsd_sums(student, teachers[j], V, pair, beta, lesson.get()), beta, pair)
+                    ? settle(jsd_sums(student, teachers[j], V, pair, m, lesson), m, pair)
                     : value(D, pair);
             }
             if (!args.gradient.dlogits) continue;
-            RowGradient<S> row(D, pairs.get(), args.T, S(args.gradient.cap));
+            RowGradient<S> row(D, pairs, args.T, S(args.gradient.cap));
             Out* out = (Out*)args.gradient.dlogits + r * V;
-            differentiate<D>(student, teachers.get(), args.T, V, pairs.get(), row, beta, lesson.get(), out);
+            differentiate<D>(student, teachers, args.T, V, pairs, row, m, lesson, out);
         }
     }
 }
@@ -179,11 +191,11 @@ template <class S, class Out> void logprob_rows(const LogProbArguments& args, in
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t r = 0; r < R; ++r) {
         const S* row = (const S*)z + r * V;
-        Side<S> side = measure(row, V);
+        Side<S> side = measure(row, V).distribution();
         if (!args.gradient.dlogits) {
-            ((S*)args.logp)[r] = (row[args.tokens[r]] - side.max) - side.norm();
-            ((S*)args.entropy)[r] = side.norm() - side.mean();
-            ((S*)args.lse)[r] = side.max + side.norm();
+            ((S*)args.logp)[r] = side.logp(row[args.tokens[r]]);
+            ((S*)args.entropy)[r] = side.entropy();
+            ((S*)args.lse)[r] = side.lse();
             continue;
         }
         auto at = [r](const void* numbers) { return ((const S*)numbers)[r]; };
@@ -196,7 +208,7 @@ template <class S, class Out> void logprob_rows(const LogProbArguments& args, in
                 tile.x[i] = dlogit(tile.x[i], columns<S>(col + i * WIDTH<S>), gradient);
             store(out, col, V, tile);
         }
-        out[gradient.top] = narrow(at_top(gradient), Out{});
+        if (gradient.top >= 0) out[gradient.top] = narrow(at_top(gradient), Out{});
     }
 }
 
@@ -268,15 +280,16 @@ template <class S> int64_t top_k(const S* row, int64_t V, int64_t k, Entry<S>* h
 template <class S> void overlap_of(const OverlapArguments& args, int threads) {
     const auto [z, type, heads, R, V] = args.logits;
     const int64_t k = args.k;
+    std::unique_ptr<Entry<S>[]> heaps(new Entry<S>[threads * 2 * k]);
 #pragma omp parallel num_threads(threads)
     {
-        std::unique_ptr<Entry<S>[]> mine(new Entry<S>[k]), theirs(new Entry<S>[k]);
+        Entry<S>*mine = heaps.get() + omp_get_thread_num() * 2 * k, *theirs = mine + k;
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < R; ++r) {
             auto row_of = [&](int head) { return (const S*)z + (head * R + r) * V; };
-            int64_t size = top_k(row_of(args.student), V, k, mine.get());
+            int64_t size = top_k(row_of(args.student), V, k, mine);
             for (int j = 0; j < args.T; ++j) {
-                int64_t other_size = top_k(row_of(args.teachers[j]), V, k, theirs.get()), common = 0;
+                int64_t other_size = top_k(row_of(args.teachers[j]), V, k, theirs), common = 0;
                 for (int64_t a = 0, b = 0; a < size && b < other_size;) {
                     int64_t left = mine[a].col, right = theirs[b].col;
                     common += left == right;
@@ -308,18 +321,22 @@ template <class S> void softcap_of(const SoftcapArguments& args, int threads) {
 // --- what bindings.cpp sees -----------------------------------------------------------------------
 
 void kl(const KlArguments& args, int threads) {
+    threads = threads_for(1 + args.T, args.logits, threads);
     args.logits.type == Type::float64 ? kl_of<double>(args, threads) : kl_of<float>(args, threads);
 }
 
 void logprob(const LogProbArguments& args, int threads) {
+    threads = threads_for(1, args.logits, threads);
     args.logits.type == Type::float64 ? logprob_of<double>(args, threads) : logprob_of<float>(args, threads);
 }
 
 void overlap(const OverlapArguments& args, int threads) {
+    threads = threads_for(1 + args.T, args.logits, threads);
     args.logits.type == Type::float64 ? overlap_of<double>(args, threads) : overlap_of<float>(args, threads);
 }
 
 void softcap(const SoftcapArguments& args, int threads) {
+    threads = threads_for(1, args.logits, threads);
     args.logits.type == Type::float64 ? softcap_of<double>(args, threads) : softcap_of<float>(args, threads);
 }
 

@@ -124,7 +124,7 @@ template <Divergence D, class S, class Out> void run_kl(const KlArguments& args,
     auto work = work_on<S, Out>(args.logits, args.gradient);
     if (args.T > MAX_TEACHERS)
         throw std::invalid_argument("kl: teachers must number at most 16 for backend 'native' on CUDA; use 'torch'");
-    work.student = args.student, work.T = args.T, work.beta = S(args.beta);
+    work.student = args.student, work.T = args.T, work.mixture = Mixture<S>(args.beta);
     for (int j = 0; j < args.T; ++j) work.teachers[j] = args.teachers[j];
     work.weight = (const S*)args.weight, work.value = (S*)args.value;
     if constexpr (sizeof(S) == 4)

@@ -137,12 +137,23 @@ def _kl_stats_kernel(
 
 
 @triton.jit
-def _log_mix(s, t, s_max, t_max, norm_gap, beta):
-    """u = log(p / m) and log(q / m), m = beta q + (1 - beta) p; finite where p or q is 0."""
+def _log_mix(s, t, s_max, t_max, norm_gap, beta, rest, ONE_SIDED: tl.constexpr):
+    """u = log(p / m) and log(q / m), m = beta q + rest p; finite where p or q is 0. ONE_SIDED as in `stats.log_mix`."""
     r = (s - s_max) - (t - t_max) - norm_gap
     r = tl.where(r != r, 0.0, tl.minimum(tl.maximum(r, -1e30), 1e30))
-    mix = _log1p(tl.where(r < 0, 1 - beta, beta) * _expm1(-tl.abs(r)))
-    return tl.minimum(r, 0.0) - mix, -tl.maximum(r, 0.0) - mix
+    share, other = tl.where(r < 0, rest, beta), tl.where(r < 0, beta, rest)
+    near = -tl.abs(r)
+    less = _expm1(near)
+    grown = share * less
+    mix = _log1p(grown)
+    small = near - mix
+    if ONE_SIDED:
+        ratio = tl.exp(near)
+        mix = tl.where(grown > -0.5, mix, tl.log(other + share * ratio))
+        beyond = -other * less / tl.where(ratio > 0, ratio, 1.0)
+        by_itself = (ratio > 0) & (beyond < 1)
+        small = tl.where(by_itself, -_log1p(tl.where(by_itself, beyond, 0.0)), near - mix)
+    return tl.where(r < 0, small, -mix), tl.where(r < 0, -mix, small)
 
 
 @triton.jit
@@ -156,6 +167,7 @@ def _jsd_sums_kernel(
     gap_ptr,  # (T, R) log(1 + tail) of the student less the teacher's
     u_top_ptr,  # (T, R)
     beta_ptr,  # (1,)
+    rest_ptr,  # (1,) 1 - beta
     to_teacher_ptr,  # (T, R, S) sum of q log(q / m)
     to_student_ptr,  # (T, R, S) sum of p log(p / m)
     moment_ptr,  # (T, R, S) sum of p (u - u_top)
@@ -165,6 +177,7 @@ def _jsd_sums_kernel(
     student,
     heads,
     tiles_per_split,
+    ONE_SIDED: tl.constexpr,
     T: tl.constexpr,
     TP: tl.constexpr,
     BITS: tl.constexpr,
@@ -192,7 +205,7 @@ def _jsd_sums_kernel(
         inside = cols < V
         s = tl.load(s_ptr + cols, mask=inside, other=float("-inf"))[None, :]
         t = tl.load(t_ptr[:, None] + cols[None, :], mask=inside[None, :], other=float("-inf"))
-        u, w = _log_mix(s, t, s_max, t_max, gap, tl.load(beta_ptr))
+        u, w = _log_mix(s, t, s_max, t_max, gap, tl.load(beta_ptr), tl.load(rest_ptr), ONE_SIDED)
         p = tl.exp(s - s_max) * inv
         to_teacher += tl.sum(tl.exp(t - t_max) * t_inv * w, 1)
         to_student += tl.sum(p * u, 1)
@@ -204,13 +217,12 @@ def _jsd_sums_kernel(
 
 
 @triton.jit
-def _store_dlogits(ptr, g, z, cap_ptr, inside, HAS_CAP: tl.constexpr):
-    """Through the softcap, into the GEMM's dtype; fp16 saturates rather than overflow."""
+def _store_dlogits(ptr, g, z, cap_ptr, weighted, inside, HAS_CAP: tl.constexpr):
+    """Through the softcap, into the GEMM's dtype; 0 in a row without weight, whatever it holds."""
     if HAS_CAP:
         cap = tl.load(cap_ptr)
         g = g * (1 - (z / cap) * (z / cap))
-    if ptr.dtype.element_ty == tl.float16:
-        g = tl.minimum(tl.maximum(g, -65504.0), 65504.0)
+    g = tl.where(weighted, g, 0.0)
     tl.store(ptr, g.to(ptr.dtype.element_ty), mask=inside)
 
 
@@ -229,6 +241,7 @@ def _kl_grad_kernel(
     t_weight_ptr,  # (T, R) weight / (1 + tail) of the teacher's own probability
     gap_ptr,  # (T, R) as in _jsd_sums_kernel
     beta_ptr,  # (1,)
+    rest_ptr,  # (1,)
     cap_ptr,  # (1,)
     R,
     V,
@@ -238,6 +251,7 @@ def _kl_grad_kernel(
     tiles_per_split,
     REVERSE: tl.constexpr,
     FORWARD: tl.constexpr,
+    ONE_SIDED: tl.constexpr,
     HAS_CAP: tl.constexpr,
     T: tl.constexpr,
     TP: tl.constexpr,
@@ -254,6 +268,7 @@ def _kl_grad_kernel(
     s_max, inv = tl.load(max_ptr + row), tl.load(inv_ptr + row)
     top, centre, at_top = tl.load(top_ptr + row), tl.load(centre_ptr + row), tl.load(at_top_ptr + row)
     weight = tl.load(weight_ptr + each, mask=real, other=0.0)[:, None]
+    weighted = tl.sum((weight != 0).to(tl.int32)) > 0
     offset = tl.load(offset_ptr + each, mask=real, other=0.0)[:, None]
     t_max = tl.load(t_max_ptr + each, mask=real, other=0.0)[:, None]
     t_weight = tl.load(t_weight_ptr + each, mask=real, other=0.0)[:, None]
@@ -270,13 +285,13 @@ def _kl_grad_kernel(
             x = s[None, :] - t - offset
             g += p * tl.sum(tl.where((weight == 0) | (p == 0)[None, :], 0.0, weight * x), 0)
         elif not FORWARD:
-            u, _ = _log_mix(s[None, :], t, s_max, t_max, gap, tl.load(beta_ptr))
+            u, _ = _log_mix(s[None, :], t, s_max, t_max, gap, tl.load(beta_ptr), tl.load(rest_ptr), ONE_SIDED)
             g += p * tl.sum(weight * (u - offset), 0)
         if FORWARD:
             q = t_weight * tl.exp(t - t_max)
             g -= tl.sum(tl.where(t_weight == 0, 0.0, q), 0)
         g = tl.where(cols == top, at_top, g)
-        _store_dlogits(dlogits_ptr + row * V + cols, g, s, cap_ptr, inside, HAS_CAP)
+        _store_dlogits(dlogits_ptr + row * V + cols, g, s, cap_ptr, weighted, inside, HAS_CAP)
 
 
 @triton.jit
@@ -331,6 +346,7 @@ def _logprob_grad_kernel(
     z_max, inv, mean = tl.load(max_ptr + row), tl.load(inv_ptr + row), tl.load(mean_ptr + row)
     dlogp, dentropy, dlse = tl.load(dlogp_ptr + row), tl.load(dentropy_ptr + row), tl.load(dlse_ptr + row)
     at_top = tl.load(at_top_ptr + row)
+    weighted = (dlogp != 0) | (dentropy != 0) | (dlse != 0)
     for i in range(tiles_per_split):
         cols = start + i * BLOCK + tl.arange(0, BLOCK)
         inside = cols < V
@@ -340,7 +356,7 @@ def _logprob_grad_kernel(
         g = p * (dlse - dlogp - dentropy * tl.where(p > 0, x - mean, 0.0))
         g += tl.where(cols == token, dlogp, 0.0)
         g = tl.where(cols == top, at_top, g)
-        _store_dlogits(dlogits_ptr + row * V + cols, g, z, cap_ptr, inside, HAS_CAP)
+        _store_dlogits(dlogits_ptr + row * V + cols, g, z, cap_ptr, weighted, inside, HAS_CAP)
 
 
 @triton.jit

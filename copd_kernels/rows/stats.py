@@ -56,6 +56,10 @@ class Side(NamedTuple):
         """expectation of the moment's function, less its value at `top`"""
         return self.moment * self.p_top
 
+    def distribution(self) -> Side:
+        """A row with an infinite logit or without any mass is none: its tail, and all that is made from it, is NaN."""
+        return self._replace(tail=self.tail + 0 * self.max)
+
 
 def merge(pieces: Side) -> Side:
     """Merges over the last dimension, whose pieces hold ascending parts of the vocabulary."""
@@ -81,10 +85,27 @@ def pick(pieces: Tensor, winner: Tensor) -> Tensor:
     return pieces.expand(*winner.shape[:-1], pieces.shape[-1]).gather(-1, winner).squeeze(-1)
 
 
-def kl_from(side: Side, other: Side) -> Tensor:
-    """KL(side || other): +inf where the other has no mass at side's top (elsewhere the moment is infinite)."""
-    kl = other.norm - side.norm + (other.max - side.cross) + side.mean
-    return torch.where(side.cross == -torch.inf, torch.inf, kl)
+def norm_gap(side: Side, other: Side) -> Tensor:
+    """log(1 + tail) less the other's; of nearly equal rows the quotient keeps what the difference would lose."""
+    grown = (side.tail - other.tail) / (1 + other.tail)
+    return torch.where((grown > -0.5) & (grown < 1), torch.log1p(grown), side.norm - other.norm)
+
+
+def excess(side: Side, other: Side) -> Tensor:
+    """KL(side || other) + norm_gap(side, other): +inf where the other has no mass at side's top."""
+    # elsewhere the moment is infinite
+    return torch.where(side.cross == -torch.inf, torch.inf, (other.max - side.cross) + side.mean)
+
+
+def divergence_from(divergence: str, student: Side, teacher: Side) -> Tensor:
+    """Reverse, forward or symmetric, of two distributions."""
+    gap = norm_gap(student, teacher)
+    if divergence == "reverse":
+        return excess(student, teacher) - gap
+    if divergence == "forward":
+        return excess(teacher, student) + gap
+    # the norms cancel
+    return excess(student, teacher) + excess(teacher, student) + 0 * gap
 
 
 def entropy(side: Side) -> Tensor:
@@ -111,9 +132,20 @@ def top_difference(student: Side, teacher: Side) -> Tensor:
 def log_mix(r: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """log(p / m) and log(q / m) for r = log(p / q) and m = beta q + (1 - beta) p; exact near 0, finite throughout."""
     r = r.nan_to_num(nan=0.0, posinf=FAR, neginf=-FAR)
-    share = torch.where(r < 0, r.new_full((), 1 - beta), r.new_full((), beta))
-    mix = torch.expm1(-r.abs()).mul_(share).log1p_()
-    return r.clamp(max=0).sub_(mix), r.clamp_(min=0).neg_().sub_(mix)
+    lower = r < 0
+    teacher, student = r.new_full((), beta), r.new_full((), 1 - beta)
+    share = torch.where(lower, student, teacher)
+    less = torch.expm1(-r.abs())
+    if 0.1 <= beta <= 0.9:
+        mix = less.mul_(share).log1p_()
+        return r.clamp(max=0).sub_(mix), r.clamp_(min=0).neg_().sub_(mix)
+    # m is nearly one of the two: log of m over the larger as a logarithm of a sum, over the smaller by itself near 0
+    other, ratio = torch.where(lower, teacher, student), torch.exp(-r.abs())
+    grown = share * less
+    mix = torch.where(grown > -0.5, torch.log1p(grown), torch.log(other + share * ratio))
+    beyond = -other * less / ratio
+    small = torch.where(beyond < 1, -torch.log1p(beyond), -r.abs() - mix)
+    return torch.where(lower, small, -mix), torch.where(lower, -mix, small)
 
 
 class KLGradient(NamedTuple):
@@ -124,7 +156,8 @@ class KLGradient(NamedTuple):
     symmetric  g_v = p_v (sum_j w_j (x_jv - x_jc) - centre) - sum_j w_j q_jv
     jsd        g_v = p_v (sum_j w_j (u_jv - u_jc) - centre)                u_j = log(p / m_j), w_j times 1 - beta
 
-    and at the student's top token c, where all of these cancel, g_c = at_top.
+    and at the student's top token c, where all of these cancel, g_c = at_top. Of a row without any weight g is 0,
+    whatever its logits are.
     """
 
     centre: Tensor  # (R,)
@@ -133,6 +166,8 @@ class KLGradient(NamedTuple):
 
 def kl_gradient(divergence: str, weight: Tensor, student: Side, teacher: Side, mean: Tensor) -> KLGradient:
     """`mean` (T, R): the expectation under p of what `centre` subtracts; unused for the forward divergence."""
+    # a row that is no distribution counts wherever its moment does not say so
+    mean = mean + 0 * norm_gap(student, teacher)
     # a masked row's statistics may be infinite or NaN: its weight of zero must win
     centre = torch.where(weight == 0, 0, weight * mean).sum(0)
     at_top = -centre * student.p_top

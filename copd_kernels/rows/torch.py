@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .stats import FAR, Side, entropy, kl_from, kl_gradient, log_mix, logprob_at_top
+from .stats import FAR, Side, divergence_from, entropy, kl_gradient, log_mix, logprob_at_top, norm_gap
 
 # one block of rows of one array: what a CPU's cache holds several of; on a GPU, enough to fill it
 BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 25}
@@ -59,7 +59,7 @@ def logprob_grad(
         at_top = logprob_at_top(side, token, dl, dh, dn)
         g.scatter_add_(1, column(token), column(dl))
         g.scatter_(1, column(side.top), column(at_top))
-        finish(g, logits[rows], cap, dlogits[rows])
+        finish(g, logits[rows], cap, (dl == 0) & (dh == 0) & (dn == 0), dlogits[rows])
 
 
 def kl(
@@ -80,8 +80,8 @@ def kl(
             value[:, rows], g = _jsd(z[student, rows], others, beta, w, scratch)
         else:
             value[:, rows], g = _kl(z[student, rows], others, divergence, w, scratch)
-        if g is not None and dlogits is not None:
-            finish(g, z[student, rows], cap, dlogits[rows])
+        if g is not None and dlogits is not None and w is not None:
+            finish(g, z[student, rows], cap, (w == 0).all(0), dlogits[rows])
     return value
 
 
@@ -103,7 +103,7 @@ def _kl(
             torch.sub(logits, other, out=x).sub_(column(top_max - cross))
             drop_massless(x, e)
             if weight is not None:
-                g.addcmul_(x, column(weight[j]))
+                add_weighted(g, x, weight[j])
             moment = x.mul_(e).sum(1)
         if divergence != "reverse":
             torch.sub(other, logits, out=x).sub_(column(other_max - other_cross))
@@ -112,24 +112,27 @@ def _kl(
             if weight is not None:
                 other_e.scatter_(1, column(other_top), 1)
                 scale = torch.where(weight[j] == 0, 0, weight[j] / (1 + other_tail))
-                subtract.addcmul_(other_e, column(scale))
+                add_weighted(subtract, other_e, scale)
         s = Side(top_max, top, tail, cross, moment)
         pairs.append((s, Side(other_max, other_top, other_tail, other_cross, other_moment)))
     s, t = (Side(*map(torch.stack, zip(*side, strict=True))) for side in zip(*pairs, strict=True))
-    if divergence == "reverse":
-        value = kl_from(s, t)
-    elif divergence == "forward":
-        value = kl_from(t, s)
-    else:
-        value = kl_from(s, t) + kl_from(t, s)
+    value = divergence_from(divergence, s, t)
     if weight is None:
         return value, None
-    s = Side(top_max, top, tail, s.cross, s.moment)
-    centre, at_top = kl_gradient(divergence, weight, s, t, s.mean)
+    mean, s = s.mean, s._replace(max=top_max, top=top, tail=s.tail[0])
+    centre, at_top = kl_gradient(divergence, weight, s, t, mean)
     g.sub_(column(centre)).mul_(e).mul_(column(s.p_top))
     if divergence != "reverse":
         g.sub_(subtract)
     return value, g.scatter_(1, column(top), column(at_top))
+
+
+def add_weighted(total: Tensor, x: Tensor, weight: Tensor) -> None:
+    """total (R, V) += weight (R,) * x (R, V); a weight of zero wins over anything in x."""
+    # on a CPU it is cheap to know that there is none
+    if total.device.type != "cpu" or (weight == 0).any():
+        x = torch.where(column(weight == 0), 0, x)
+    total.addcmul_(x, column(weight))
 
 
 def _jsd(
@@ -142,24 +145,29 @@ def _jsd(
     p.scatter_(1, column(top), 1).mul_(column(side.p_top))
     if weight is not None:
         g.zero_()
-    values, means = [], []
+    values, means, sides = [], [], []
     for j, teacher in enumerate(others):
         other_top, other_max, other_tail = softmax(teacher, q)
-        q.scatter_(1, column(other_top), 1).mul_(column(1 / (1 + other_tail)))
+        their = Side(other_max, other_top, other_tail, other_max, other_tail)
+        sides.append(their)
+        q.scatter_(1, column(other_top), 1).mul_(column(their.p_top))
         # r = log p / q, each side measured from its own top, where it is exact
         torch.sub(logits, column(top_max), out=r)
         r.sub_(torch.sub(teacher, column(other_max), out=other))
-        r.sub_(column(torch.log1p(tail) - torch.log1p(other_tail)))
+        gap = norm_gap(side, their)
+        r.sub_(column(gap))
         to_student, to_teacher = log_mix(r, beta)  # log p / m, log q / m
-        values.append(beta * to_teacher.mul_(q).sum(1) + (1 - beta) * torch.mul(p, to_student, out=other).sum(1))
+        value = beta * to_teacher.mul_(q).sum(1) + (1 - beta) * torch.mul(p, to_student, out=other).sum(1)
+        values.append(value + 0 * gap)
         if weight is not None:
             u = to_student.sub_(column(gathered(to_student, top)))
             means.append(torch.mul(p, u, out=other).sum(1))
-            g.addcmul_(u, column((1 - beta) * weight[j]))
+            add_weighted(g, u, (1 - beta) * weight[j])
     value = torch.stack(values)
     if weight is None:
         return value, None
-    centre, at_top = kl_gradient("jsd", (1 - beta) * weight, side, side, torch.stack(means))
+    theirs = Side(*map(torch.stack, zip(*sides, strict=True)))
+    centre, at_top = kl_gradient("jsd", (1 - beta) * weight, side, theirs, torch.stack(means))
     g.sub_(column(centre)).mul_(p)
     return value, g.scatter_(1, column(top), column(at_top))
 
@@ -186,10 +194,14 @@ def top_k(logits: Tensor, k: int) -> Tensor:
 
 
 def softmax(z: Tensor, e: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Top id, largest logit and tail, (R,) each; e (R, V) becomes exp(z - max), with 0 at the top token."""
+    """Top id, largest logit and tail, (R,) each; e (R, V) becomes exp(z - max), with 0 at the top token.
+
+    The tail is that of `Side.distribution`.
+    """
     largest, top = z.max(1, keepdim=True)
     torch.sub(z, largest, out=e).exp_().scatter_(1, top, 0)
-    return top.squeeze(1), largest.squeeze(1), e.sum(1)
+    largest = largest.squeeze(1)
+    return top.squeeze(1), largest, e.sum(1) + 0 * largest
 
 
 def own_side(z: Tensor, e: Tensor, x: Tensor) -> Side:
@@ -198,7 +210,8 @@ def own_side(z: Tensor, e: Tensor, x: Tensor) -> Side:
     torch.sub(z, largest, out=x).clamp_(min=-FAR)
     torch.exp(x, out=e).scatter_(1, top, 0)
     # the top token itself contributes 0 to both sums
-    return Side(largest.squeeze(1), top.squeeze(1), e.sum(1), torch.zeros_like(z[:, 0]), torch.linalg.vecdot(e, x))
+    moment = torch.linalg.vecdot(e, x)
+    return Side(largest.squeeze(1), top.squeeze(1), e.sum(1), torch.zeros_like(moment), moment).distribution()
 
 
 def drop_massless(x: Tensor, e: Tensor) -> None:
@@ -216,10 +229,10 @@ def column(row_values: Tensor) -> Tensor:
     return row_values.unsqueeze(1)
 
 
-def finish(g: Tensor, z: Tensor, cap: float | None, dlogits: Tensor) -> None:
-    """Through the softcap, into the GEMM's dtype; fp16 saturates rather than overflow."""
+def finish(g: Tensor, z: Tensor, cap: float | None, weightless: Tensor, dlogits: Tensor) -> None:
+    """Through the softcap, into the GEMM's dtype; rows (R,) without weight become 0 whatever they hold."""
     if cap is not None:
         g.mul_(1 - (z / cap).square_())
-    if dlogits.dtype == torch.float16:
-        g.clamp_(-65504, 65504)
+    if g.device.type != "cpu" or weightless.any():
+        g.masked_fill_(column(weightless), 0)
     dlogits.copy_(g)

@@ -20,7 +20,7 @@ from .kernels import (
     _overlap_kernel,
     _softcap_kernel,
 )
-from .stats import Side, entropy, kl_from, kl_gradient, log_mix, logprob_at_top, merge
+from .stats import Side, divergence_from, entropy, kl_gradient, log_mix, logprob_at_top, merge, norm_gap
 
 # one tile of logits: 16 fp32 a thread and tensor, four 16-byte loads
 TILE = 4096
@@ -46,7 +46,7 @@ def logprob_side(z: Tensor) -> Side:
     m, tail, moment = (z.new_empty(R, S) for _ in range(3))
     top = torch.empty(R, S, dtype=torch.int32, device=z.device)
     _logprob_stats_kernel[(R, S)](z, m, top, tail, moment, V, tiles, BLOCK=BLOCK, num_warps=NUM_WARPS)
-    return merge(Side(m, ids(top, V), tail, torch.zeros_like(m), moment))
+    return merge(Side(m, ids(top, V), tail, torch.zeros_like(m), moment)).distribution()
 
 
 def logprob_grad(
@@ -107,26 +107,24 @@ def kl(
     top, t_top = ids(top, V), ids(t_top, V)
     cross = torch.stack([z[j].gather(1, top) for j in teachers])
     t_cross = z[student].expand(T, R, V).gather(2, t_top)
-    s = merge(Side(m, top, tail, cross, moment))
-    t = merge(Side(t_m, t_top, t_tail, t_cross, t_moment))
+    s = merge(Side(m, top, tail, cross, moment)).distribution()
+    t = merge(Side(t_m, t_top, t_tail, t_cross, t_moment)).distribution()
 
-    mean, offset, gap = s.mean, s.max - s.cross, (s.norm - t.norm).contiguous()
+    shares, one_sided = (number(z, beta), number(z, 1 - beta)), not 0.1 <= beta <= 0.9
+    mean, offset, gap = s.mean, s.max - s.cross, norm_gap(s, t).contiguous()
     if divergence == "jsd":
         offset, _ = log_mix(-(s.cross - t.max) - gap, beta)
         sums = z.new_empty(3, T, R, S)
         _jsd_sums_kernel[(R, S)](
-            z, s.max, s.top, s.p_top, t.max, t.p_top, gap, offset, number(z, beta), *sums, *place, tiles, **shape
-        )
+            z, s.max, s.top, s.p_top, t.max, t.p_top, gap, offset, *shares, *sums, *place, tiles, ONE_SIDED=one_sided,
+            **shape,
+        )  # fmt: skip
         to_teacher, to_student, moment = sums.sum(-1)
-        value: Tensor = beta * to_teacher + (1 - beta) * to_student
+        value: Tensor = beta * to_teacher + (1 - beta) * to_student + 0 * gap
         if weight is not None:
             weight, mean = (1 - beta) * weight, moment
-    elif divergence == "reverse":
-        value = kl_from(s, t)
-    elif divergence == "forward":
-        value = kl_from(t, s)
     else:
-        value = kl_from(s, t) + kl_from(t, s)
+        value = divergence_from(divergence, s, t)
     if dlogits is None or weight is None:
         return value
 
@@ -142,14 +140,15 @@ def kl(
         weight.contiguous(),
         offset,
         t.max,
-        weight * t.p_top,
+        torch.where(weight == 0, 0, weight * t.p_top),
         gap,
-        number(z, beta),
+        *shares,
         number(z, cap),
         *place,
         tiles,
         REVERSE=divergence in ("reverse", "symmetric"),
         FORWARD=divergence in ("forward", "symmetric"),
+        ONE_SIDED=one_sided,
         HAS_CAP=cap is not None,
         **shape,
     )

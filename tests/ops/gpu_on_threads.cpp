@@ -61,7 +61,7 @@ void kl_as(const void* z, int heads, long R, long V, int student, const int* tea
            long shared) {
     with_output<S>(type, [&](auto out) {
         auto work = work_on<S, decltype(out)>(z, R, V, cap, dlogits);
-        work.student = student, work.T = T, work.beta = S(beta), work.weight = (const S*)weight;
+        work.student = student, work.T = T, work.mixture = Mixture<S>(beta), work.weight = (const S*)weight;
         std::copy(teachers, teachers + T, work.teachers);
         work.value = (S*)value;
         kl(divergence, work, heads, clusters, shared);

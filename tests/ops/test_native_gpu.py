@@ -84,6 +84,24 @@ def test_kl_rows_match_the_torch_rows(gpu, divergence, reader):
     assert torch.equal(z[0], got)
 
 
+@pytest.mark.parametrize("reader", ["memory, ragged", "two blocks, a turning ring"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_rows_that_are_no_distribution_give_nan_and_rows_without_weight_nothing(gpu, divergence, reader):
+    V = READERS[reader][0]
+    for side in (0, 1):
+        for value in (torch.nan, torch.inf, -torch.inf):
+            z, weight = logits(2, 4, V), torch.rand(1, 4) + 0.1
+            z[side, 1, 0 if value == value else V - 1] = value
+            z[side, 2] = -torch.inf
+            z[side, 3, 0], weight[0, 3] = torch.nan, 0
+            g, wanted = torch.full((4, V), torch.nan), torch.empty(4, V)
+            want = torch_rows.kl(z, 0, [1], divergence, 0.3, weight, 50.0, wanted)
+            got = emulated_kl(gpu, z, [1], divergence, READERS[reader], weight, 50.0, g)
+            assert torch.equal(got.isnan(), want.isnan())
+            assert torch.equal(g.isnan().all(1), wanted.isnan().all(1))
+            assert (g[3] == 0).all()
+
+
 @pytest.mark.parametrize("reader", ["memory, ragged", "memory, aligned", "two blocks, a turning ring"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_gradients_come_in_sixteen_bits(gpu, dtype, reader):

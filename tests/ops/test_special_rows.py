@@ -1,0 +1,147 @@
+"""Rows that are no distribution, what has no weight, and where a divergence ends, on every backend."""
+
+import pytest
+import torch
+from kernel_cases import DIVERGENCES, RUNS, assert_as_good_as_torch, cast, gradients, make
+
+from copd_kernels import Head, kl, logprob
+from copd_kernels.reference import diverge
+from copd_kernels.rows import load
+
+R, V, BAD = 3, 4100, 1
+
+
+def spoil(row, what):
+    """Makes a row of logits one that is no distribution."""
+    if what == "no mass":
+        row.fill_(-torch.inf)
+    elif what == "two infinities":
+        row[[3, 3000]] = torch.inf
+    else:
+        value, column = what
+        row[column] = value
+
+
+SPOILS = ["no mass", "two infinities", *((torch.nan, column) for column in (0, 1, 4099)), (torch.inf, 130)]
+
+
+def run_kl(backend, z, weight, divergence, dtype=None):
+    dlogits = torch.full_like(z[0], torch.nan, dtype=dtype)
+    value = load(backend).kl(z, 0, list(range(1, z.shape[0])), divergence, 0.3, weight, None, dlogits)
+    return value, dlogits
+
+
+@pytest.mark.parametrize(("backend", "device"), RUNS)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("side", [0, 1, 2], ids=["student", "teacher", "second teacher"])
+def test_a_row_that_is_no_distribution_gives_nan_and_touches_no_other(side, divergence, backend, device):
+    z = 3 * torch.randn(3, R, V, device=device)
+    weight = torch.rand(2, R, device=device) + 0.1
+    value, dlogits = run_kl(backend, z, weight, divergence)
+    others = [r for r in range(R) if r != BAD]
+    for what in SPOILS:
+        bad = z.clone()
+        spoil(bad[side, BAD], what)
+        got, g = run_kl(backend, bad, weight, divergence)
+        log_p, log_q = torch.log_softmax(bad.double(), -1)[[0, 0]], torch.log_softmax(bad.double(), -1)[1:]
+        assert torch.equal(got.isnan(), diverge(log_p, log_q, divergence, 0.3).isnan()), what
+        assert g[BAD].isnan().all(), what
+        assert torch.equal(got[:, others], value[:, others]), what
+        assert torch.equal(g[others], dlogits[others]), what
+
+
+@pytest.mark.parametrize(("backend", "device"), RUNS)
+def test_a_row_that_is_no_distribution_has_no_log_probabilities(backend, device):
+    z, tokens = 3 * torch.randn(1, R, V, device=device), torch.randint(0, V, (R,), device=device)
+    upstream = torch.rand(3, R, device=device) + 0.1
+    for what in SPOILS:
+        bad, g = z.clone(), torch.full_like(z[0], 7)
+        spoil(bad[0, BAD], what)
+        for number in load(backend).logprob(bad, tokens):
+            assert number.isnan().tolist() == [r == BAD for r in range(R)], what
+        load(backend).logprob_grad(bad, tokens, *upstream, None, g)
+        assert g[BAD].isnan().all(), what
+        assert g.isfinite().all(1).tolist() == [r != BAD for r in range(R)], what
+        upstream_of_none = upstream.clone()
+        upstream_of_none[:, BAD] = 0
+        load(backend).logprob_grad(bad, tokens, *upstream_of_none, 20.0, g)
+        assert (g[BAD] == 0).all(), what
+
+
+@pytest.mark.parametrize(("backend", "device"), RUNS)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_what_has_no_weight_contributes_exactly_nothing_to_a_gradient(divergence, backend, device):
+    z = 3 * torch.randn(3, R, V, device=device)
+    weight = torch.rand(2, R, device=device) + 0.1
+    weight[1] = 0
+    for what in [*SPOILS, (-torch.inf, 5)]:
+        bad = z.clone()
+        spoil(bad[2, BAD], what)
+        _, g = run_kl(backend, bad, weight, divergence)
+        torch.testing.assert_close(g, run_kl(backend, bad[:2].contiguous(), weight[:1], divergence)[1])
+    weight[:, BAD] = 0
+    for side in (0, 1):
+        for what in SPOILS:
+            bad = z.clone()
+            spoil(bad[side, BAD], what)
+            _, g = run_kl(backend, bad, weight, divergence)
+            assert (g[BAD] == 0).all(), (side, what)
+            assert g.isfinite().all(), (side, what)
+
+
+@pytest.mark.parametrize(("backend", "device"), [*RUNS, pytest.param("reference", "cpu", id="reference-cpu")])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_a_teacher_of_weight_zero_may_hold_anything(divergence, backend, device):
+    student, teacher, other = (make(6, 5, 31, device=device) for _ in range(3))
+    excluded = torch.zeros(31, device=device)
+    excluded[4] = -torch.inf
+    weight = torch.tensor([1.0, 0.0], device=device)
+    want = kl(student, teacher, divergence=divergence, backend=backend)
+    for second in (Head(other.hidden, other.lm_head, excluded), Head(other.hidden, other.lm_head * torch.nan)):
+        got = kl(student, [teacher, second], divergence=divergence, teacher_weight=weight, backend=backend)
+        torch.testing.assert_close(got, want)
+        for name, g in gradients(got, student).items():
+            torch.testing.assert_close(g, gradients(want, student)[name])
+
+
+@pytest.mark.parametrize(("backend", "device"), RUNS)
+def test_a_token_without_upstream_gradient_may_be_nan(backend, device):
+    head = make(6, 5, 31, device=device)
+    with torch.no_grad():
+        head.hidden[3] = torch.nan
+    out = logprob(head, torch.arange(6, device=device), backend=backend)
+    assert out.logp.isnan().tolist() == [n == 3 for n in range(6)]
+    upstream = torch.ones(6, device=device)
+    upstream[3] = 0
+    for g in gradients(out.logp, head, upstream).values():
+        assert g.isfinite().all()
+
+
+@pytest.mark.parametrize(("backend", "device"), RUNS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("beta", [1e-8, 1e-4, 0.02, 0.98, 1 - 1e-4, 1 - 1e-6, 1 - 1e-8])
+def test_the_jsd_is_right_where_beta_nears_its_ends(beta, dtype, backend, device):
+    student, teacher = make(9, 16, 300), make(9, 16, 300)
+    run = {}
+    for name, kind, where in ((backend, dtype, device), ("eager", dtype, device), ("exact", torch.float64, "cpu")):
+        s, t = cast(student, kind, where), cast(teacher, kind, where)
+        options = {"divergence": "jsd", "beta": beta, "backend": backend if name == backend else "reference"}
+        value = kl(s, t, **options)
+        run[name] = {"value": value, **gradients(value, s)}
+    for name in run["exact"]:
+        assert_as_good_as_torch(name, run[backend][name], run["eager"][name], run["exact"][name], dtype)
+
+
+@pytest.mark.parametrize(("backend", "device"), RUNS)
+@pytest.mark.parametrize("divergence", ["reverse", "symmetric"])
+def test_a_gradient_beyond_half_precision_is_infinite_and_never_a_wrong_number(divergence, backend, device):
+    """A teacher masks words with fp16's lowest number; the student gives them 2 %, and next to nothing."""
+    z = torch.zeros(2, 3, 50, device=device)
+    z[1, 0, 7] = z[1, 1, 7] = -65504
+    z[0, 1, 7] = -20
+    weight = torch.full((1, 3), 256.0, device=device)
+    _, wide = run_kl(backend, z, weight, divergence)
+    _, narrow = run_kl(backend, z, weight, divergence, torch.float16)
+    assert wide[0].abs().max() > 65504
+    assert narrow[0].isinf().any()
+    assert torch.equal(narrow, wide.half())
