@@ -6,102 +6,62 @@ rollout, `learn` makes the optimiser step, `state` saves. Placing a branch elsew
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from copd.batch import Batch, NonFiniteLoss, draw
 from copd.config import Config
 from copd.distill import TeacherScore, delta, divergence_loss
 from copd.model import hidden_states
 from copd.rlvr import advantages, deviation, policy_loss, token_weights
 from copd.rollout import Rollout, generate, rewards, seed_of, special_tokens
 from copd.task import Prompt, Task
+from copd.weights import Weights, Whole
 from copd_kernels import Head, agreement, logprob
-
-
-class NonFiniteLoss(RuntimeError):
-    """A loss or gradient that is NaN or infinite; `batch` is what it came from."""
-
-    def __init__(self, message: str, batch: Batch) -> None:
-        super().__init__(message)
-        self.batch = batch
-
-
-@dataclass
-class Batch:
-    """One rollout and what is to be learnt from it: rewards (native) or a teacher's score (cross)."""
-
-    domain: str
-    rollout: Rollout
-    weight: Tensor
-    """(B, C) fp32, weight of each token in the loss"""
-    advantage: Tensor | None = None
-    """(B,) fp32, of a native batch"""
-    teacher: TeacherScore | None = None
-    """of a cross batch"""
-    stats: dict[str, float] = field(default_factory=dict)
-    logp_old: dict[int, Tensor] = field(default_factory=dict)
-    """log-probs (N,) before the first update, by micro-batch"""
-
-    def __str__(self) -> str:
-        kind = "native" if self.teacher is None else f"cross batch scored by {self.teacher.name!r}"
-        rows = [prompt.index for prompt in self.rollout.sequences.prompts]
-        return f"{kind} on {self.domain!r}, rows {rows}"
-
-
-@lru_cache(maxsize=64)
-def _order(seed: int, rows: int) -> Tensor:
-    return torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
-
-
-def draw(task: Task, count: int, step: int, *key: object) -> list[Prompt]:
-    """The prompts of `step`: `count` rows a step through a fresh permutation of the task each epoch."""
-    rows = task.size("train")
-    prompts = []
-    for place in range(step * count, (step + 1) * count):
-        epoch, position = divmod(place, rows)
-        prompt = task.prompt(int(_order(seed_of("order", *key, epoch), rows)[position]))
-        if prompt.task != task.name:
-            raise ValueError(
-                f"prompt: row {prompt.index} of {prompt.task!r} must belong to a task of its branch; got {task.name!r}"
-            )
-        prompts.append(prompt)
-    return prompts
 
 
 class Branch:
     """One policy. `tasks` are the domains it owns: one, or all of them for mixed RLVR, taken in turn."""
 
     def __init__(
-        self, name: str, tasks: list[Task], model: PreTrainedModel, processor: Any, cfg: Config, device: torch.device
+        self,
+        name: str,
+        tasks: list[Task],
+        model: PreTrainedModel | Weights,
+        processor: Any,
+        cfg: Config,
+        device: torch.device,
     ) -> None:
-        self.name, self.tasks, self.model, self.cfg, self.device = name, tasks, model, cfg, device
+        self.name, self.tasks, self.cfg, self.device = name, tasks, cfg, device
+        self.weights: Weights = Whole(model) if isinstance(model, PreTrainedModel) else model
+        self.model = model = self.weights.model
         self.processor, self.special = processor, special_tokens(model, processor)
         self.updates = 0  # optimiser steps of this process
-        self.frozen: PreTrainedModel | None = None  # weights of the phase's start, for `opd.teacher: phase_start`
+        self.frozen: Weights | None = None  # those of the phase's start, for `opd.teacher: phase_start`
         if cfg.model.freeze_vision and hasattr(model.model, "visual"):
             model.model.visual.requires_grad_(False)
         if cfg.model.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model.to("cpu" if cfg.offload else device)  # type: ignore[arg-type]  # transformers wraps `to`
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.parameters = self.weights.parameters()
         # fp32 weights of the optimiser; the model computes with their rounding when it is bf16
-        self.master = [p if cfg.model.dtype == "float32" else p.detach().clone() for p in self.parameters]
+        self.master = [
+            p if cfg.model.dtype == "float32" else p.detach().to(torch.float32, copy=True) for p in self.parameters
+        ]
         self.rounded = [(p, m) for p, m in zip(self.parameters, self.master, strict=True) if p is not m]
         model.to(getattr(torch, cfg.model.dtype))
         first_beta, second_beta = cfg.optim.betas
         self.optimizer = torch.optim.AdamW(
-            self.master,
+            [{"params": self.master}],  # none of a base or a merged model, which is but evaluated
             lr=cfg.optim.lr,
             betas=(first_beta, second_beta),
             eps=cfg.optim.eps,
@@ -114,7 +74,7 @@ class Branch:
     def rollout(self, prompts: list[Prompt], seed: int, samples: int | None = None, greedy: bool = False) -> Rollout:
         """Completions of this policy, `cfg.rollout.samples` a prompt unless said otherwise."""
         samples = samples or self.cfg.rollout.samples
-        with self.on_device():
+        with self.active():
             return generate(self.model, prompts, samples, self.cfg.rollout, self.special, seed, greedy)
 
     def native_batch(self, step: int) -> Batch:
@@ -163,17 +123,18 @@ class Branch:
     @torch.no_grad()
     def score(self, rollout: Rollout, keep_tokens: float = math.inf) -> TeacherScore:
         """This branch as teacher of another's rollout: log-probs and heads of this very moment."""
-        cfg, model = self.cfg, self.frozen or self.model
+        cfg, weights = self.cfg, self.frozen or self.weights
         keep = self.device if not cfg.offload else torch.device("cpu")
         score, lm_head = TeacherScore(self.name, [], []), None
-        with self.on_device():
+        with self.active(weights):
             for rows in rollout.sequences.micro_batches(cfg.micro_batch_tokens):
-                head, tokens = self.head(rollout, rows, model)
+                head, tokens = self.head(rollout, rows, weights.model)
                 score.logp.append(logprob(head, tokens, temperature=cfg.rollout.temperature).logp)
                 if keep_tokens <= 0:
                     continue
                 keep_tokens -= len(tokens)
-                lm_head = head.lm_head.clone().to(keep) if lm_head is None else lm_head
+                if lm_head is None:  # of its own where it trains: a frozen one does not move before students read it
+                    lm_head = (head.lm_head.clone() if head.lm_head.requires_grad else head.lm_head).to(keep)
                 score.heads.append(replace(head, hidden=head.hidden.to(keep), lm_head=lm_head))
         return score
 
@@ -184,10 +145,11 @@ class Branch:
         for batch in batches:
             metrics |= batch.stats if batch.teacher is None else self._agreement(batch.rollout, batch.teacher)
         totals: Counter[str] = Counter()
-        with self.on_device():
+        with self.active():
             for _ in range(updates):
-                for batch in batches:
-                    totals.update(self._backward(batch))
+                with self._seeded():
+                    for batch in batches:
+                        totals.update(self._backward(batch))
                 grad_norm = nn.utils.clip_grad_norm_(self.master, self.cfg.optim.max_grad_norm)
                 if not torch.isfinite(grad_norm):
                     rule = f"update: gradient of branch {self.name!r} must be finite"
@@ -223,7 +185,7 @@ class Branch:
         cfg, rollout, teacher = self.cfg, batch.rollout, batch.teacher
         beta = 1.0 if teacher is None else cfg.opd.branch_beta.get(self.name, cfg.opd.beta)
         # training mode is what switches checkpointing on; dropout would part the ratio from 1
-        self.model.train(cfg.model.activation_checkpointing)
+        self.weights.train(cfg.model.activation_checkpointing)
         for micro, rows in enumerate(rollout.sequences.micro_batches(cfg.micro_batch_tokens)):
             mask = rollout.mask[rows]
             head, tokens = self.head(rollout, rows)
@@ -284,7 +246,7 @@ class Branch:
     def compare(self, rollout: Rollout, teacher: TeacherScore, limit: float = math.inf) -> tuple[list[float], Tensor]:
         """On the first N tokens of a rollout, at most `limit`: sums of overlap, forward and reverse KL; and δ (N,)."""
         sums, deltas, temperature = [0.0] * 3, [torch.empty(0)], self.cfg.rollout.temperature
-        with self.on_device():
+        with self.active():
             for micro, rows in enumerate(rollout.sequences.micro_batches(self.cfg.micro_batch_tokens)):
                 if limit <= 0:
                     break
@@ -300,29 +262,47 @@ class Branch:
                 limit -= len(tokens)
         return sums, torch.cat(deltas)
 
-    def freeze(self) -> PreTrainedModel:
+    def freeze(self) -> Weights:
         """Keeps a copy of the weights as they are now, to teach with until `thaw`."""
-        self.frozen = copy.deepcopy(self.model).requires_grad_(False)
+        self.frozen = self.weights.copy()
         return self.frozen
 
     def thaw(self) -> None:
+        if self.frozen is not None:
+            self.frozen.remove()
         self.frozen = None
 
     def state(self) -> dict[str, Any]:
         return {
-            "model": self.model.state_dict(),
+            "weights": self.weights.state(),
             "master": self.master,
             "optimizer": self.optimizer.state_dict(),
-            "frozen": self.frozen and self.frozen.state_dict(),
+            "frozen": self.frozen and self.frozen.state(),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
+        self.weights.load_state(state["weights"])
         for master, saved in zip(self.master, state["master"], strict=True):
             master.data.copy_(saved)
         self.optimizer.load_state_dict(state["optimizer"])
         if state["frozen"] is not None:
-            self.freeze().load_state_dict(state["frozen"])
+            self.freeze().load_state(state["frozen"])
+
+    @contextmanager
+    def active(self, weights: Weights | None = None) -> Iterator[None]:
+        """The model is on the device and has the branch's weights, or those given, for the length of the block."""
+        weights = weights or self.weights
+        with self.on_device(), weights.active():
+            weights.model.eval()
+            yield
+
+    @contextmanager
+    def _seeded(self) -> Iterator[None]:
+        """Dropout draws from the run's seed and the number of updates: nothing to save, nothing another can shift."""
+        done = max((int(state["step"]) for state in self.optimizer.state.values()), default=0)
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(seed_of(self.cfg.seed, "dropout", done))
+            yield
 
     @contextmanager
     def on_device(self) -> Iterator[None]:
@@ -340,7 +320,7 @@ class Branch:
     def _move(self, device: torch.device | str) -> None:
         self.model.to(device)  # type: ignore[arg-type]  # transformers wraps `to`
         if self.frozen is not None:
-            self.frozen.to(device)  # type: ignore[arg-type]  # transformers wraps `to`
+            self.frozen.model.to(device)  # type: ignore[arg-type]  # transformers wraps `to`
         for master in self.master:
             master.data = master.data.to(device)
         # loading casts the moments to where their weights are

@@ -21,9 +21,11 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from copd import topology
-from copd.branch import Batch, Branch
+from copd.batch import Batch
+from copd.branch import Branch
 from copd.config import Config
 from copd.task import Task
+from copd.weights import Weights
 
 
 @dataclass
@@ -44,7 +46,7 @@ def make_plan(
     cfg: Config,
     tasks: Mapping[str, Task],
     branch: Callable[..., Branch],
-    expert: Callable[[str], PreTrainedModel],
+    expert: Callable[[str], PreTrainedModel | Weights],
 ) -> Plan:
     """The plan of `cfg.method`. `branch(name, tasks, model=base)` makes a branch, `expert(name)` a frozen teacher."""
     everything = list(tasks.values())

@@ -27,6 +27,30 @@ def require(holds: bool, rule: str, got: object) -> None:
 
 
 @dataclass(frozen=True)
+class AdapterConfig:
+    """LoRA: each branch is a delta s B A, s = alpha / rank, of every target's weight."""
+
+    rank: int = 32
+    """r, rows of A and columns of B"""
+    alpha: float = 64.0
+    """scales the delta by alpha / rank"""
+    dropout: float = 0.0
+    """of what A reads while training; log-probs of sampling and of teachers are without it"""
+    target_modules: Any = "all-linear"
+    """`all-linear`: every linear layer but the head; or a list of names, or ends of names, of layers"""
+    modules_to_save: list[str] = field(default_factory=list)
+    """modules of which each branch trains a copy of its own"""
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 1, "model.adapter.rank must be at least 1", self.rank)
+        require(self.alpha > 0, "model.adapter.alpha must be above 0", self.alpha)
+        require(0 <= self.dropout < 1, "model.adapter.dropout must be in [0, 1)", self.dropout)
+        named = isinstance(self.target_modules, list) and len(self.target_modules) > 0
+        rule = "model.adapter.target_modules must be all-linear or a list of names"
+        require(named or self.target_modules == "all-linear", rule, repr(self.target_modules))
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     path: str | None = None
     """a `from_pretrained` name or folder"""
@@ -40,6 +64,8 @@ class ModelConfig:
     """recompute activations in the backward pass"""
     freeze_vision: bool = False
     """train the language model alone"""
+    adapter: AdapterConfig | None = None
+    """branches are LoRA adapters of one frozen base (`adapter: {}` for the defaults); None trains all weights"""
 
 
 @dataclass(frozen=True)
@@ -161,9 +187,16 @@ class MergeConfig:
     """λ of task arithmetic and TIES, on the summed or elected task vector"""
     density: float = 0.2
     """share of each task vector that TIES keeps"""
+    into: Literal["model", "adapter"] = "model"
+    """of adapters: one whole model, or one adapter of their base"""
+    rank: int | None = None
+    """of that adapter: cut to so many ranks by SVD, its error reported; None keeps the sum of all ranks, exact"""
 
     def __post_init__(self) -> None:
         require(0 < self.density <= 1, "merge.density must be in (0, 1]", self.density)
+        require(self.rank is None or self.rank >= 1, "merge.rank must be at least 1", self.rank)
+        full = self.into == "adapter" and self.method == "ties" and self.rank is None
+        require(not full, "merge.rank must be given for ties into an adapter, whose vectors have full rank", "none")
 
 
 @dataclass(frozen=True)
@@ -275,6 +308,8 @@ class Config:
             require(name in names, f"opd.branch_beta must name branches {names}", repr(name))
         for name in self.merge.weights:
             require(name in names, f"merge.weights must name branches {names}", repr(name))
+        rule = "offload must be false with model.adapter, whose base no branch can leave"
+        require(not (self.offload and self.model.adapter), rule, self.offload)
         require(self.hub in (None, *names), f"hub must be one of the branches {names}", repr(self.hub))
         for name in names:
             free = re.fullmatch(r"\w[\w.-]*", name) and name not in ("base", "merged", "overall")

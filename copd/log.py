@@ -38,8 +38,17 @@ def state_memory(branches: list[Branch]) -> None:
     count, first = len(branches), branches[0]
     width = 4 if first.cfg.model.dtype == "float32" else 2
     parameters, trained = (sum(p.numel() for p in ps) for ps in (first.model.parameters(), first.parameters))
-    # weights; gradients and AdamW's two moments; fp32 master weights of a bf16 model
-    mib = (width * parameters + (12 if width == 4 else 16) * trained) / 2**20
+    # gradients and AdamW's two moments; fp32 master weights of a bf16 model
+    learning = 12 if width == 4 else 16
+    if first.cfg.model.adapter is not None:
+        base = parameters - sum(p.numel() for name, p in first.model.named_parameters() if ".copd-" in name)
+        mib, each = width * base / 2**20, (width + learning) * trained / 2**20
+        logger.info(
+            f"a base of {base / 1e6:.2f} M parameters: {mib:.1f} MiB; {count} adapter(s) of {trained / 1e6:.2f} M: "
+            f"weights, gradients and optimiser {each:.1f} MiB each, {mib + count * each:.1f} MiB in all"
+        )
+        return
+    mib = (width * parameters + learning * trained) / 2**20
     logger.info(
         f"{count} branch(es) of {parameters / 1e6:.2f} M parameters: weights, gradients and optimiser {mib:.1f} "
         f"MiB each, {count * mib:.1f} MiB in all{', one at a time on the device' if first.cfg.offload else ''}"

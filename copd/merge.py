@@ -5,9 +5,13 @@ task_arithmetic    θ* = θ_0 + λ Σ_k w_k τ_k,  τ_k = θ_k − θ_0         
 ties               θ* = θ_0 + λ · elect(trim(w_k τ_k)): each τ keeps its largest share `density`; at each weight
                    the sign with the larger total mass wins, and the values of that sign are averaged
                                                                                     (arXiv 2306.01708)
+
+The τ of an adapter is its delta; `copd.merge_adapters` merges those.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -30,11 +34,7 @@ def merge(base: State, branches: dict[str, State], cfg: MergeConfig) -> State:
             if value.shape != base[key].shape:
                 shapes = [tuple(tensor.shape) for tensor in (base[key], value)]
                 raise ValueError(f"merge: {key} of {name!r} must have shape {shapes[0]}; got {shapes[1]}")
-    weights = torch.tensor([cfg.weights.get(name, 1.0) for name in branches])
-    if cfg.method == "weighted":
-        if not weights.sum() > 0:
-            raise ValueError(f"merge: weights must have a positive sum; got {weights.tolist()}")
-        weights = weights / weights.sum()
+    weights = branch_weights(branches, cfg)
     return {
         key: _merge(start, [state[key] for state in branches.values()], weights, cfg)
         if start.is_floating_point()
@@ -43,20 +43,34 @@ def merge(base: State, branches: dict[str, State], cfg: MergeConfig) -> State:
     }
 
 
+def branch_weights(branches: Iterable[str], cfg: MergeConfig) -> Tensor:
+    """(K,) fp32: w_k, of sum 1 for the two means."""
+    weights = torch.tensor([cfg.weights.get(name, 1.0) for name in branches])
+    if cfg.method == "mean":
+        return torch.full_like(weights, 1 / len(weights))
+    if cfg.method == "weighted":
+        if not weights.sum() > 0:
+            raise ValueError(f"merge: weights must have a positive sum; got {weights.tolist()}")
+        return weights / weights.sum()
+    return weights
+
+
 def _merge(base: Tensor, branches: list[Tensor], weights: Tensor, cfg: MergeConfig) -> Tensor:
     start = base.float()
     stack = torch.stack([branch.to(base.device).float() for branch in branches])  # (K, ...)
-    weights = weights.to(base.device).view(-1, *[1] * base.dim())
-    vectors = weights * (stack - start)
+    if cfg.method in ("mean", "weighted"):
+        return combine(stack, weights, cfg).to(base.dtype)
+    return (start + combine(stack - start, weights, cfg)).to(base.dtype)
+
+
+def combine(vectors: Tensor, weights: Tensor, cfg: MergeConfig) -> Tensor:
+    """What `cfg.method` makes of K task vectors (K, ...) fp32. The two means are the same of the weights themselves."""
     if cfg.method == "mean":
-        merged = stack.mean(0)
-    elif cfg.method == "weighted":
-        merged = (weights * stack).sum(0)
-    elif cfg.method == "task_arithmetic":
-        merged = start + cfg.scale * vectors.sum(0)
-    else:
-        merged = start + cfg.scale * _ties(vectors, cfg.density)
-    return merged.to(base.dtype)
+        return vectors.mean(0)
+    weighted = weights.to(vectors.device).view(-1, *[1] * (vectors.dim() - 1)) * vectors
+    if cfg.method == "weighted":
+        return weighted.sum(0)
+    return cfg.scale * (weighted.sum(0) if cfg.method == "task_arithmetic" else _ties(weighted, cfg.density))
 
 
 def _ties(vectors: Tensor, density: float) -> Tensor:

@@ -41,8 +41,16 @@ def load(cfg: ModelConfig, device: torch.device) -> tuple[PreTrainedModel, Any]:
 
 
 def load_saved(path: str | Path, **options: Any) -> tuple[PreTrainedModel, Any]:
-    """What `save_pretrained` wrote, model in fp32 and processor, whatever its class."""
+    """What `save_pretrained` wrote, model in fp32 and processor, whatever its class; an adapter applied to its base."""
+    if (Path(path) / "adapter_config.json").exists():
+        from copd import adapter  # peft, which it imports, takes a second
+
+        base, processor = load_saved(adapter.base_of(path), **options)
+        return adapter.apply(base, path), processor
     config = AutoConfig.from_pretrained(path)
+    if quantized := getattr(config, "quantization_config", None):
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        raise ValueError(f"model: path must hold weights that are not quantised; got {method} in {path}")
     multimodal = hasattr(config, "vision_config")
     if multimodal and not config.model_type.startswith("qwen3_vl"):
         raise ValueError(f"model: path must be a Qwen3-VL or a text-only model; got {config.model_type!r} in {path}")

@@ -26,7 +26,7 @@ def save(directory: Path, models: Iterable[Branch]) -> None:
         if branch.name != "base":
             folder = directory / ("merged" if branch.name == "merged" else f"branch-{branch.name}")
             with files.whole(folder) as scratch:
-                branch.model.save_pretrained(scratch)
+                branch.weights.save(scratch)
                 branch.processor.save_pretrained(scratch)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def warm_start(model: PreTrainedModel, processor: Any, tasks: list[Task], cfg: L
         (first, *_) = (task.name for task in tasks if task not in synthetic)
         raise ValueError(f"{rule}; got {first!r}; set warmstart.clean_steps=0")
     branches = {name: [branch.task, dict(branch.options)] for name, branch in cfg.branches.items()}
-    cached = Path(cfg.warmstart.cache_dir) / digest(cfg.model, cfg.warmstart, branches, cfg.seed)
+    cached = Path(cfg.warmstart.cache_dir) / digest(replace(cfg.model, adapter=None), cfg.warmstart, branches, cfg.seed)
     if not cached.exists():
         history = _train(model, processor, synthetic, cfg)
         # several runs of a study may get here at once: whoever renames first wins

@@ -12,22 +12,28 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from transformers import PreTrainedModel
 
 from copd import checkpoint, config, evaluate, files, results
-from copd.branch import Branch, NonFiniteLoss
+from copd.batch import NonFiniteLoss
+from copd.branch import Branch
 from copd.coevolve import coevolve, make_plan
 from copd.config import Config
 from copd.data import FileTask
 from copd.log import Log, memory_mib, state_memory
 from copd.merge import merge
 from copd.model import load, load_like
+from copd.rollout import seed_of
 from copd.task import Task
 from copd.train import health
 from copd.train.interrupts import Interrupts
+from copd.weights import Weights
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 logger = logging.getLogger("copd")
 C = TypeVar("C", bound=Config)
@@ -92,25 +98,46 @@ class Run:
 
     def __init__(self, cfg: Config, base: PreTrainedModel, processor: Any, tasks: Mapping[str, Task]) -> None:
         self.cfg, self.directory, self.device = cfg, cfg.run_dir, device_of(cfg)
-        # branches are copies: the base itself need not stay on the device
-        self.base = base.to("cpu")  # type: ignore[arg-type]  # transformers wraps `to`
-        self.processor, self.tasks = processor, tasks
+        self.base, self.processor, self.tasks = base, processor, tasks
+        self.lora: LoraConfig | None = None
+        if cfg.model.adapter is None:
+            # branches are copies: the base itself need not stay on the device
+            base.to("cpu")  # type: ignore[arg-type]  # transformers wraps `to`
+        else:
+            from copd import adapter  # peft, which it imports, takes a second
+
+            self.lora = adapter.prepare(base, cfg, self.device)
         self.plan = make_plan(cfg, tasks, self.branch, self._expert)
         state_memory(self.plan.branches)
 
-    def branch(self, name: str, tasks: list[Task], model: PreTrainedModel | None = None) -> Branch:
-        model = copy.deepcopy(self.base) if model is None else model
+    def branch(self, name: str, tasks: list[Task], model: PreTrainedModel | Weights | None = None) -> Branch:
+        if model is None:
+            model = self._copy() if self.lora is None else self._adapter(name)
         return Branch(name, tasks, model, self.processor, self.cfg, self.device)
 
-    def _expert(self, name: str) -> PreTrainedModel:
+    def _copy(self) -> PreTrainedModel:
+        return copy.deepcopy(self.base)
+
+    def _adapter(self, name: str) -> Weights:
+        from copd.adapter import Adapter
+
+        assert self.lora is not None
+        # one seed: all branches are one policy until they learn
+        return Adapter(self.base, name, self.lora, seed_of(self.cfg.seed, "adapter"))
+
+    def _expert(self, name: str) -> PreTrainedModel | Weights:
         """A teacher of `mopd`, from a finished run, or from one made here and now."""
         if self.cfg.experts is None:
             inner = replace(self.cfg, method="expert", name=f"{self.cfg.name}/experts")
             if not (inner.run_dir / "results.json").exists():
-                run(inner, lambda *_: (self.base, self.processor, self.tasks))
+                run(inner, lambda *_: (self._copy(), self.processor, self.tasks))
         folder = Path(self.cfg.experts or self.cfg.run_dir / "experts") / f"branch-{name}"
         if not folder.exists():
             raise ValueError(f"config: experts must hold a finished run's branches; got no {folder}")
+        if self.lora is not None and (folder / "adapter_config.json").exists():
+            from copd.adapter import Adapter
+
+            return Adapter.load(self.base, folder, f"expert-{name}")
         return load_like(folder, self.base, self.processor)
 
     def train(self) -> Log:
@@ -181,19 +208,29 @@ class Run:
             torch.save({"batch": error.batch, "branches": states}, scratch)
         return NonFiniteLoss(f"{error}; step {step}, batch and weights saved in {path.parent}", error.batch)
 
-    def merged(self) -> PreTrainedModel:
-        """The base with the branches' weights merged into it."""
-        states = {branch.name: branch.model.state_dict() for branch in self.plan.branches}
-        model = copy.deepcopy(self.base)
-        model.load_state_dict(merge(self.base.state_dict(), states, self.cfg.merge))
-        return model
+    def merged(self) -> PreTrainedModel | Weights:
+        """The base with the branches' weights merged into it; or, where the config says so, into one adapter."""
+        branches, cfg = {branch.name: branch.weights for branch in self.plan.branches}, self.cfg.merge
+        if self.lora is not None:
+            from copd import merge_adapters
+
+            return merge_adapters.merge(branches, cfg)
+        model = self._copy()
+        states = {name: weights.state() for name, weights in branches.items()}
+        model.load_state_dict(merge(self.base.state_dict(), states, cfg))
+        return model.requires_grad_(False)
 
     def finish(self, log: Log) -> dict[str, Any]:
         """Saves every model, evaluates it, and writes `results.json`."""
         everything, branches = list(self.tasks.values()), self.plan.branches
         try:
+            if self.lora is not None:
+                from copd import adapter
+
+                adapter.save_base(self.base, self.lora, self.processor)
             results.save(self.directory, branches)
-            models = [self.branch("base", everything), *branches]
+            base = self._copy().requires_grad_(False) if self.lora is None else self.base
+            models = [self.branch("base", everything, base), *branches]
             if self.cfg.method in ("copd", "independent"):
                 models.append(self.branch("merged", everything, self.merged()))
                 results.save(self.directory, models[-1:])

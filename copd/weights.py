@@ -1,0 +1,70 @@
+"""What a branch owns of its model: all of it here, or one adapter of a base it shares (`copd.adapter`)."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+from torch.nn import Parameter
+from transformers import PreTrainedModel
+
+
+class Weights(Protocol):
+    model: PreTrainedModel
+    """what is run; with these weights only inside `active`"""
+
+    def parameters(self) -> list[Parameter]:
+        """Those that train."""
+
+    def active(self) -> AbstractContextManager[None]:
+        """The model has these weights for the length of the block, whatever it had before and has again after."""
+
+    def train(self, checkpointing: bool) -> None:
+        """Ready to learn: dropout of an adapter is on; the model is in training mode only to recompute activations."""
+
+    def copy(self) -> Weights:
+        """The same values, to stay as they are until `remove`."""
+
+    def remove(self) -> None: ...
+
+    def state(self) -> dict[str, Tensor]:
+        """All that differs from the base, by name."""
+
+    def load_state(self, state: dict[str, Tensor]) -> None: ...
+
+    def save(self, folder: Path) -> None:
+        """Writes what `copd.model.load_saved` reads."""
+
+
+class Whole:
+    """A model of its own."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def parameters(self) -> list[Parameter]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def active(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def train(self, checkpointing: bool) -> None:
+        self.model.train(checkpointing)
+
+    def copy(self) -> Whole:
+        return Whole(copy.deepcopy(self.model).requires_grad_(False))
+
+    def remove(self) -> None:
+        pass
+
+    def state(self) -> dict[str, Tensor]:
+        return self.model.state_dict()
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        self.model.load_state_dict(state)
+
+    def save(self, folder: Path) -> None:
+        self.model.save_pretrained(folder)
