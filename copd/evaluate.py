@@ -63,13 +63,15 @@ def final(
         state = saved
     for branch in models:
         found = state["final"].setdefault(branch.name, {})
-        for task in (task for task in tasks if task.name not in found):
-            record, shown = accuracy(branch, task, cfg.eval.prompts, cfg.eval.samples)
-            found[task.name] = record
-            state["samples"] += shown
-            log.write("final", log.total, record)
+        for task in tasks:
+            if task.name not in found:
+                found[task.name], shown = accuracy(branch, task, cfg.eval.prompts, cfg.eval.samples)
+                state["samples"] += shown
+                files.write(path, json.dumps(state))
+            record = found[task.name]
+            if not log.last("final", step=log.total, **record):
+                log.write("final", log.total, record)
             logger.info("final: %s on %s: reward %.3f", branch.name, task.name, record["reward"])
-            files.write(path, json.dumps(state))
     return state["final"], state["samples"]
 
 

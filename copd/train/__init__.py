@@ -85,6 +85,7 @@ def finished(cfg: Config) -> dict[str, Any] | None:
     # what may change without touching the weights, and still makes other results
     kept = ("cycles", "rl_steps", "opd_steps", "mixed_steps", "mopd_steps", "eval", "merge")
     if all(found["config"][name] == asdict(cfg)[name] for name in kept):
+        (cfg.run_dir / "final.json").unlink(missing_ok=True)
         return found
     if not checkpoint.found(cfg.run_dir):
         raise ValueError(
@@ -191,7 +192,7 @@ class Run:
         try:
             checkpoint.save(self.directory, step, self.plan.branches, self.cfg)
         except (OSError, RuntimeError) as error:  # torch words a full disk as a RuntimeError
-            last = next(reversed(checkpoint.found(self.directory)), None)
+            last = next((str(path) for path in reversed(checkpoint.found(self.directory))), "none")
             reason = str(error).splitlines()[0]
             message = f"checkpoint: step {step} must fit in {self.directory}; got {reason}; the last good one is {last}"
             if required:
