@@ -78,9 +78,10 @@ def save(directory: Path, step: int, branches: list[Branch], cfg: Config) -> Pat
 
 
 def found(directory: Path) -> list[Path]:
-    """Checkpoints of a run, oldest first."""
-    steps = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in directory.glob("checkpoint-*/")}
-    return sorted((path for path in steps if steps[path]), key=lambda path: int(path.name.rpartition("-")[2]))
+    """Checkpoints of a run, oldest first; other trainers' folders have another file in them."""
+    paths = [file.parent for file in directory.glob("checkpoint-*/state.pt")]
+    ours = [path for path in paths if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(ours, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
 def resume(directory: Path, branches: list[Branch], cfg: Config) -> int:
