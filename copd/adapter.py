@@ -39,10 +39,6 @@ PREFIX = "base_model.model."
 """of every name in that file, as `peft` writes it"""
 
 
-def is_adapter(folder: str | Path) -> bool:
-    return (Path(folder) / "adapter_config.json").exists()
-
-
 def lora_config(model: PreTrainedModel, cfg: ModelConfig) -> LoraConfig:
     """`cfg.adapter` for a base that has no adapter yet, its targets spelled out.
 

@@ -21,7 +21,7 @@ from copd.lab.config import LabConfig
 from copd.lab.start import make_task, start
 from copd.lab.tasks import vocabulary
 from copd.merge import merge
-from copd.model import load, load_like, load_saved
+from copd.model import is_adapter, load, load_like, load_saved
 from copd.processor import load_processor
 from copd.train.health import Unhealthy
 
@@ -64,6 +64,7 @@ def run_eval(args: argparse.Namespace, cfg: LabConfig) -> None:
     device = train.device_of(cfg)
     for folder in args.models:
         model, processor = load(replace(cfg.model, path=folder), device)
+        model.requires_grad_(False)
         for name, owned in cfg.branches.items():
             task = make_task(name, owned, processor)
             branch = Branch(folder, [task], model, processor, cfg, device)
@@ -74,6 +75,15 @@ def run_eval(args: argparse.Namespace, cfg: LabConfig) -> None:
 
 
 def run_merge(args: argparse.Namespace, cfg: MergeConfig) -> None:
+    kinds = {is_adapter(folder) for folder in args.branches}
+    if kinds == {True}:
+        from copd import merge_adapters  # peft, which it imports, takes a second
+
+        with files.whole(Path(args.out)) as scratch:
+            merge_adapters.merge_folders(args.branches, args.base, cfg, scratch)
+        return
+    if cfg.into == "adapter":
+        sys.exit("merge: branches must be adapters to become one; got a whole model")
     if args.base is None and cfg.method in ("task_arithmetic", "ties"):
         sys.exit(f"merge: base must be given for {cfg.method}; got none")
     model, processor = load_saved(args.base or args.branches[0])
@@ -105,13 +115,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     sub = command(run_study, study.Study, "run all methods, suites and seeds")
     sub.add_argument("--config", required=True)
     sub = command(run_eval, LabConfig, "accuracy of saved models on a config's domains")
-    sub.add_argument("models", nargs="+", help="folders written by save_pretrained")
+    sub.add_argument("models", nargs="+", help="folders of models, or of adapters")
     sub.add_argument("--config", required=True, help="a run's config.yaml, or the file it came from")
     sub = command(
-        run_merge, MergeConfig, "merge saved branches; settings are method, weights (by folder), scale, density"
+        run_merge,
+        MergeConfig,
+        "merge saved branches; settings are method, weights (by folder), scale, density, and into, rank of adapters",
     )
-    sub.add_argument("branches", nargs="+", help="folders written by save_pretrained")
-    sub.add_argument("--base", help="what they started from; needed by task_arithmetic and ties")
+    sub.add_argument("branches", nargs="+", help="folders of models, or of adapters of one base")
+    sub.add_argument("--base", help="what they started from; needed by task_arithmetic and ties of whole models")
     sub.add_argument("--out", required=True)
     sub = command(run_report, None, "write tables, figures and page of finished runs")
     sub.add_argument("directory", type=Path, help="a run, or a folder of runs")

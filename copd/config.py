@@ -308,6 +308,8 @@ class Config:
             require(name in names, f"opd.branch_beta must name branches {names}", repr(name))
         for name in self.merge.weights:
             require(name in names, f"merge.weights must name branches {names}", repr(name))
+        whole = self.merge.into == "adapter" and self.model.adapter is None
+        require(not whole, "merge.into must be model without model.adapter", self.merge.into)
         rule = "offload must be false with model.adapter, whose base no branch can leave"
         require(not (self.offload and self.model.adapter), rule, self.offload)
         require(self.hub in (None, *names), f"hub must be one of the branches {names}", repr(self.hub))

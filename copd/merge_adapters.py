@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -17,9 +18,10 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from copd.adapter import Adapter, bare, delta, factors, matrix
+from copd.adapter import Adapter, bare, base_of, delta, factors, matrix
 from copd.config import MergeConfig
 from copd.merge import branch_weights, combine
+from copd.model import load_saved
 from copd.weights import Weights
 
 logger = logging.getLogger("copd")
@@ -29,6 +31,15 @@ def merge(branches: Mapping[str, Weights], cfg: MergeConfig) -> PreTrainedModel 
     """The adapters' merge, as `cfg.into` says."""
     adapters = {name: cast(Adapter, weights) for name, weights in branches.items()}
     return into_model(adapters, cfg) if cfg.into == "model" else into_adapter(adapters, cfg)
+
+
+def merge_folders(folders: list[str], base: str | None, cfg: MergeConfig, out: Path) -> None:
+    """Saves the merge of adapters of one base, which they name where `base` does not."""
+    model, processor = load_saved(base or base_of(folders[0]))
+    adapters = {folder: Adapter.load(model, folder, str(place)) for place, folder in enumerate(folders)}
+    merged = merge(adapters, cfg)
+    merged.save(out) if isinstance(merged, Adapter) else merged.save_pretrained(out)
+    processor.save_pretrained(out)
 
 
 @torch.no_grad()

@@ -42,7 +42,7 @@ def load(cfg: ModelConfig, device: torch.device) -> tuple[PreTrainedModel, Any]:
 
 def load_saved(path: str | Path, **options: Any) -> tuple[PreTrainedModel, Any]:
     """What `save_pretrained` wrote, model in fp32 and processor, whatever its class; an adapter applied to its base."""
-    if (Path(path) / "adapter_config.json").exists():
+    if is_adapter(path):
         from copd import adapter  # peft, which it imports, takes a second
 
         base, processor = load_saved(adapter.base_of(path), **options)
@@ -56,6 +56,11 @@ def load_saved(path: str | Path, **options: Any) -> tuple[PreTrainedModel, Any]:
         raise ValueError(f"model: path must be a Qwen3-VL or a text-only model; got {config.model_type!r} in {path}")
     auto = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
     return auto.from_pretrained(path, dtype=torch.float32, **options), load_processor(str(path))
+
+
+def is_adapter(folder: str | Path) -> bool:
+    """Whether the folder holds a peft adapter, and no model of its own."""
+    return (Path(folder) / "adapter_config.json").exists()
 
 
 def load_like(folder: Path, base: PreTrainedModel, processor: Any) -> PreTrainedModel:

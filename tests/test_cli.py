@@ -67,13 +67,31 @@ def test_merge_without_the_base_it_needs_ends_with_a_message(tmp_path):
         cli.main(["merge", "a", "b", "--out", str(tmp_path), "method=ties"])
 
 
-def test_the_smoke_config_runs_by_one_command(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "branch"), [("smoke", "model.safetensors"), ("smoke_lora", "adapter_model.safetensors")]
+)
+def test_the_smoke_configs_run_by_one_command(tmp_path, name, branch):
     """As a user runs it: report and models are there, and the progress says what happened."""
-    command = [sys.executable, "-m", "copd.train", "--config", str(CONFIGS / "smoke.yaml"), f"output_dir={tmp_path}"]
+    command = [
+        sys.executable,
+        "-m",
+        "copd.train",
+        "--config",
+        str(CONFIGS / f"{name}.yaml"),
+        f"output_dir={tmp_path}",
+        "name=smoke",
+    ]
     cached = f"warmstart.cache_dir={tmp_path / 'warmstart'}"
     done = subprocess.run([*command, cached], capture_output=True, text=True, check=False, cwd=CONFIGS.parent)
     assert done.returncode == 0, done.stderr
-    for name in ("metrics.jsonl", "results.json", "results.md", "report.html", "merged/model.safetensors"):
+    for name in (
+        "metrics.jsonl",
+        "results.json",
+        "results.md",
+        "report.html",
+        "merged/model.safetensors",
+        f"branch-video/{branch}",
+    ):
         assert (tmp_path / "smoke" / name).stat().st_size > 0
     assert "merged" in done.stdout
     assert "MiB in all" in done.stderr

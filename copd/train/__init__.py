@@ -25,7 +25,7 @@ from copd.config import Config
 from copd.data import FileTask
 from copd.log import Log, memory_mib, state_memory
 from copd.merge import merge
-from copd.model import load, load_like
+from copd.model import is_adapter, load, load_like
 from copd.rollout import seed_of
 from copd.task import Task
 from copd.train import health
@@ -135,7 +135,7 @@ class Run:
         folder = Path(self.cfg.experts or self.cfg.run_dir / "experts") / f"branch-{name}"
         if not folder.exists():
             raise ValueError(f"config: experts must hold a finished run's branches; got no {folder}")
-        if self.lora is not None and (folder / "adapter_config.json").exists():
+        if self.lora is not None and is_adapter(folder):
             from copd.adapter import Adapter
 
             return Adapter.load(self.base, folder, f"expert-{name}")
@@ -244,4 +244,5 @@ class Run:
             raise
         finally:
             log.close()
+            logger.info("peak memory: %.1f MiB on %s", memory_mib(self.device), self.device)
         return found

@@ -5,6 +5,7 @@ import gc
 import json
 import re
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +13,9 @@ from copd_cases import CPU, TASKS, make_config, make_run, reward_longer, run, sa
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch.profiler import ProfilerActivity, profile
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from copd import checkpoint
+from copd import checkpoint, config
 from copd.adapter import Adapter, bare, lora_config
 from copd.branch import Branch
 from copd.coevolve import Plan, coevolve
@@ -377,6 +378,23 @@ def test_targets_that_cannot_be_are_named(tmp_path, settings, message):
 def test_settings_that_cannot_be_are_refused(tmp_path, setting, message):
     with pytest.raises(ValueError, match=message):
         make_config(tmp_path, setting)
+
+
+def test_the_sizes_that_the_config_of_one_gpu_reckons_with():
+    text = {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32}
+    text |= {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": True}
+    vision = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16, "out_hidden_size": 2560}
+    vision |= {"deepstack_visual_indexes": [5, 11, 17]}
+    with torch.device("meta"):
+        model = Qwen3VLForConditionalGeneration(
+            Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True)
+        )
+    model.tie_weights()
+    cfg = config.load(Path(__file__).parents[2] / "configs" / "qwen3_vl_4b_lora.yaml")
+    linear = [model.get_submodule(name) for name in lora_config(model, cfg.model).target_modules]
+    adapter = cfg.model.adapter.rank * sum(layer.in_features + layer.out_features for layer in linear)
+    assert round(sum(p.numel() for p in model.parameters()) / 1e9, 2) == 4.44
+    assert round(adapter / 1e6, 1) == 80.5
 
 
 def test_adapters_are_not_offloaded(tmp_path):

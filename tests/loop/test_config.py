@@ -63,7 +63,7 @@ def test_the_lab_sets_more_than_the_loop_and_the_loop_refuses_it():
         config.load(None, lines)
 
 
-@pytest.mark.parametrize("name", ["smoke", "qwen3_vl_4b"])
+@pytest.mark.parametrize("name", ["smoke", "smoke_lora", "qwen3_vl_4b", "qwen3_vl_4b_lora"])
 def test_the_bundled_runs_load(name):
     assert list(config.load(CONFIGS / f"{name}.yaml", schema=LabConfig).branches) == ["text", "image", "video"]
 
