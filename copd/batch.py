@@ -1,14 +1,18 @@
-"""A batch: which prompts a step takes, and what is to be learnt from their completions."""
+"""What a step learns from: prompts drawn from a task, one rollout on them, and what rewards or teachers say of it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
-from copd.distill import TeacherScore
+from copd.config import RLVRConfig
+from copd.distill import Lesson
+from copd.rlvr import advantages, deviation
 from copd.rollout import Rollout, seed_of
 from copd.task import Prompt, Task
 
@@ -23,22 +27,33 @@ class NonFiniteLoss(RuntimeError):
 
 @dataclass
 class Batch:
-    """One rollout and what is to be learnt from it: rewards (native) or a teacher's score (cross)."""
+    """One rollout and what is to be learnt from it: from rewards (native), from teachers (cross), or from both."""
 
     domain: str
     rollout: Rollout
     weight: Tensor
     """(B, C) fp32, weight of each token in the loss"""
     advantage: Tensor | None = None
-    """(B,) fp32, of a native batch"""
-    teacher: TeacherScore | None = None
-    """of a cross batch"""
+    """(B,) fp32, of rewards"""
+    lesson: Lesson | None = None
+    """of teachers"""
     stats: dict[str, float] = field(default_factory=dict)
     logp_old: dict[int, Tensor] = field(default_factory=dict)
     """log-probs (N,) before the first update, by micro-batch"""
 
+    def rewarded(self, reward: Tensor, cfg: RLVRConfig) -> Batch:
+        """Gives the batch the group advantages of its rewards (P, G), NaN for one that failed."""
+        spread = deviation(reward)
+        self.stats |= {
+            "reward": reward.nanmean().item(),
+            "reward_std": spread.mean().item(),
+            "frac_reward_zero_std": (spread == 0).float().mean().item(),
+        }
+        self.advantage = advantages(reward, cfg).flatten().to(self.weight.device)
+        return self
+
     def __str__(self) -> str:
-        kind = "native" if self.teacher is None else f"cross batch scored by {self.teacher.name!r}"
+        kind = "native" if self.lesson is None else f"cross batch scored by {self.lesson}"
         rows = [prompt.index for prompt in self.rollout.sequences.prompts]
         return f"{kind} on {self.domain!r}, rows {rows}"
 
@@ -61,3 +76,15 @@ def draw(task: Task, count: int, step: int, *key: object) -> list[Prompt]:
             )
         prompts.append(prompt)
     return prompts
+
+
+def deal(tasks: Sequence[Task], count: int, step: int, *key: object) -> tuple[list[Prompt], list[slice]]:
+    """`count` prompts dealt out among the tasks, one task after the other, and where those of each stand.
+
+    Which tasks have a prompt more than others changes from step to step.
+    """
+    K = len(tasks)
+    shares = [len(range((i - step) % K, count, K)) for i in range(K)]
+    dealt = [draw(task, -(-count // K), step, *key, task.name)[:n] for task, n in zip(tasks, shares, strict=True)]
+    ends = [0, *accumulate(shares)]
+    return [prompt for prompts in dealt for prompt in prompts], [slice(*pair) for pair in pairwise(ends)]

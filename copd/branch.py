@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from copd.batch import Batch, NonFiniteLoss, draw
+from copd.batch import Batch, NonFiniteLoss, deal, draw
 from copd.config import Config
-from copd.distill import TeacherScore, delta, divergence_loss
+from copd.distill import Lesson, TeacherScore
+from copd.loss import loss_of
 from copd.model import hidden_states
-from copd.rlvr import advantages, deviation, policy_loss, token_weights
+from copd.rlvr import token_weights
 from copd.rollout import Rollout, generate, rewards, seed_of, special_tokens
 from copd.task import Prompt, Task
 from copd.weights import Weights, Whole
@@ -77,27 +78,26 @@ class Branch:
         with self.active():
             return generate(self.model, prompts, samples, self.cfg.rollout, self.special, seed, greedy)
 
-    def native_batch(self, step: int) -> Batch:
-        """Rollouts on this branch's own prompts, with group advantages from its reward."""
-        task, cfg = self.task_of(step), self.cfg
-        key = (cfg.seed, "native", task.name)
-        prompts = draw(task, cfg.rollout.prompts, step // len(self.tasks), *key)
-        rollout = self.rollout(prompts, seed_of("sample", *key, step))
-        reward = rewards(task, rollout)
-        spread = deviation(reward)
-        stats = {
-            "reward": reward.nanmean().item(),
-            "reward_std": spread.mean().item(),
-            "frac_reward_zero_std": (spread == 0).float().mean().item(),
-        }
-        stats |= getattr(task, "reward_stats", {})
-        advantage = advantages(reward, cfg.rlvr).flatten().to(rollout.mask.device)
-        known = ~reward.isnan().flatten().to(rollout.mask.device)
-        return Batch(task.name, rollout, self._weights(rollout, known), advantage=advantage, stats=stats)
+    def native_batches(self, step: int) -> list[Batch]:
+        """A batch of one of this branch's tasks, in turn, or one of each."""
+        if self.cfg.mixed_batch == "joint":
+            return [self.native_batch(step, task) for task in self.tasks]
+        return [self.native_batch(step)]
 
-    def cross_batch(self, teacher: Branch, step: int, shared_by: int = 1) -> Batch:
-        """This policy's rollouts on the teacher's prompts, scored by the teacher as it is now."""
-        cfg, task = self.cfg, teacher.task_of(step)
+    def native_batch(self, step: int, task: Task | None = None) -> Batch:
+        """Rollouts on own prompts, of `task` or of the one whose turn it is, with group advantages from its reward."""
+        place = step // len(self.tasks) if task is None else step
+        task = task or self.task_of(step)
+        key = (self.cfg.seed, "native", task.name)
+        rollout = self.rollout(draw(task, self.cfg.rollout.prompts, place, *key), seed_of("sample", *key, step))
+        reward = rewards(task, rollout)
+        batch = Batch(task.name, rollout, self._weights(rollout, reward)).rewarded(reward, self.cfg.rlvr)
+        batch.stats |= getattr(task, "reward_stats", {})
+        return batch
+
+    def cross_batch(self, owner: Branch, step: int, shared_by: int = 1, others: Sequence[Branch] = ()) -> Batch:
+        """This policy's rollouts on the owner's prompts, scored by it, and by `others`, as they are now."""
+        cfg, task = self.cfg, owner.task_of(step)
         count = cfg.rollout.prompts
         if cfg.opd.batch == "split":
             count = max(1, count // shared_by)
@@ -105,15 +105,44 @@ class Branch:
         rollout = self.rollout(draw(task, count, step, *key), seed_of("sample", *key, step))
         # the sampled signal needs no more of the teacher than its log-probs, but for the logged overlap
         keep = cfg.opd.overlap_tokens if cfg.opd.signal == "sampled" else math.inf
-        return Batch(task.name, rollout, self._weights(rollout), teacher=teacher.score(rollout, keep))
+        own = 1 / (1 + len(others)) if cfg.opd.owner_weight is None or not others else cfg.opd.owner_weight
+        weight = [own, *[(1 - own) / len(others) for _ in others]]
+        scores = [teacher.score(rollout, keep) for teacher in (owner, *others)]
+        return Batch(task.name, rollout, self._weights(rollout), lesson=Lesson(scores, cfg.opd.signal, weight))
 
-    def _weights(self, rollout: Rollout, known: Tensor | None = None) -> Tensor:
+    def routed_batch(self, owners: Sequence[Branch], step: int) -> Batch:
+        """Rollouts on a batch of prompts dealt out among `owners`, each scored by the branch that owns its prompt."""
+        cfg, tasks = self.cfg, [owner.task_of(step) for owner in owners]
+        key = (cfg.seed, "consolidate")
+        prompts, owned = deal(tasks, cfg.rollout.prompts, step, *key)
+        rollout = self.rollout(prompts, seed_of("sample", *key, step))
+        keep = cfg.opd.overlap_tokens if cfg.consolidate.signal == "sampled" else math.inf
+        rows = [slice(p.start * cfg.rollout.samples, p.stop * cfg.rollout.samples) for p in owned]
+        scores = [owner.score(rollout, keep, own) for owner, own in zip(owners, rows, strict=True)]
+        batch = Batch("all", rollout, self._weights(rollout), lesson=Lesson(scores, cfg.consolidate.signal))
+        if not cfg.consolidate.native:
+            return batch
+        reward = torch.cat([rewards(task, rollout, p) for task, p in zip(tasks, owned, strict=True)])
+        batch.weight = self._weights(rollout, reward)
+        return batch.rewarded(reward, cfg.rlvr)
+
+    def _weights(self, rollout: Rollout, reward: Tensor | None = None) -> Tensor:
+        """Of each token in the loss; none where the reward of its row is NaN."""
         keep = rollout.mask & ~rollout.truncated[:, None] if self.cfg.rollout.mask_truncated else rollout.mask
-        return token_weights(keep if known is None else keep & known[:, None], self.cfg.rlvr)
+        if reward is not None:
+            keep = keep & ~reward.isnan().view(-1, 1).to(keep.device)
+        return token_weights(keep, self.cfg.rlvr)
 
-    def head(self, rollout: Rollout, rows: slice, model: PreTrainedModel | None = None) -> tuple[Head, Tensor]:
-        """The head over the N completion tokens of `rows`, and those tokens (N,)."""
+    def head(
+        self, rollout: Rollout, rows: slice, model: PreTrainedModel | None = None, only: slice | None = None
+    ) -> tuple[Head, Tensor]:
+        """The head over the N completion tokens of `rows`, of those in `only` if given, and those tokens (N,)."""
         model = model or self.model
+        if only is not None:
+            rows = slice(max(rows.start, only.start), min(rows.stop, only.stop))
+            if rows.start >= rows.stop:
+                weight = model.get_output_embeddings().weight
+                return Head.of(model, weight.new_empty(0, weight.shape[1])), rollout.tokens.new_empty(0)
         hidden = hidden_states(model, rollout.sequences.take(rows))
         mask = rollout.mask[rows]
         # position i predicts token i + 1
@@ -121,14 +150,14 @@ class Branch:
         return Head.of(model, hidden), rollout.tokens[rows][mask]
 
     @torch.no_grad()
-    def score(self, rollout: Rollout, keep_tokens: float = math.inf) -> TeacherScore:
-        """This branch as teacher of another's rollout: log-probs and heads of this very moment."""
+    def score(self, rollout: Rollout, keep_tokens: float = math.inf, only: slice | None = None) -> TeacherScore:
+        """This branch as teacher of another's rollout, or of some rows: log-probs and heads of this very moment."""
         cfg, weights = self.cfg, self.frozen or self.weights
         keep = self.device if not cfg.offload else torch.device("cpu")
-        score, lm_head = TeacherScore(self.name, [], []), None
+        score, lm_head = TeacherScore(self.name, [], [], only), None
         with self.active(weights):
             for rows in rollout.sequences.micro_batches(cfg.micro_batch_tokens):
-                head, tokens = self.head(rollout, rows, weights.model)
+                head, tokens = self.head(rollout, rows, weights.model, only)
                 score.logp.append(logprob(head, tokens, temperature=cfg.rollout.temperature).logp)
                 if keep_tokens <= 0:
                     continue
@@ -143,7 +172,11 @@ class Branch:
         start, updates = time.perf_counter(), self.cfg.rlvr.updates_per_batch
         metrics: dict[str, Any] = {"domain": batches[0].domain}
         for batch in batches:
-            metrics |= batch.stats if batch.teacher is None else self._agreement(batch.rollout, batch.teacher)
+            metrics |= {} if batch.lesson is None else self._agreement(batch, batch.lesson)
+        stats = [batch.stats for batch in batches if batch.stats]
+        metrics |= {name: sum(s[name] for s in stats) / len(stats) for name in (stats[0] if stats else ())}
+        if len(stats) > 1:
+            metrics |= {f"reward/{batch.domain}": batch.stats["reward"] for batch in batches if batch.stats}
         totals: Counter[str] = Counter()
         with self.active():
             for _ in range(updates):
@@ -182,39 +215,17 @@ class Branch:
     def _backward(self, batch: Batch) -> Counter[str]:
         """Adds the gradient of one batch to the master weights; returns what was optimised, part by part."""
         totals: Counter[str] = Counter()
-        cfg, rollout, teacher = self.cfg, batch.rollout, batch.teacher
-        beta = 1.0 if teacher is None else cfg.opd.branch_beta.get(self.name, cfg.opd.beta)
+        cfg, rollout = self.cfg, batch.rollout
+        beta = cfg.opd.branch_beta.get(self.name, cfg.opd.beta)
         # training mode is what switches checkpointing on; dropout would part the ratio from 1
         self.weights.train(cfg.model.activation_checkpointing)
         for micro, rows in enumerate(rollout.sequences.micro_batches(cfg.micro_batch_tokens)):
-            mask = rollout.mask[rows]
             head, tokens = self.head(rollout, rows)
-            weight = batch.weight[rows][mask]
-            parts: dict[str, Tensor] = {}
-            if teacher is not None and cfg.opd.signal != "sampled":
-                loss = divergence_loss(head, teacher.head(micro, self.device), weight, cfg.rollout.temperature, cfg.opd)
-                parts[f"kl/{teacher.name}"] = loss.detach()
-            else:
-                seen = logprob(head, tokens, temperature=cfg.rollout.temperature)
-                old = batch.logp_old.setdefault(micro, seen.logp.detach())
-                if teacher is None:
-                    assert batch.advantage is not None  # a native batch has one
-                    advantage = batch.advantage[rows][:, None].expand(mask.shape)[mask]
-                    parts["entropy"] = (weight * seen.entropy.detach()).sum()
-                    parts["sampling_logp_difference"] = (weight * (old - rollout.logp[rows][mask]).abs()).sum()
-                else:
-                    advantage = delta(teacher.logp[micro].to(self.device), old, cfg.opd)
-                    # the sampled estimate of KL(student || teacher)
-                    parts[f"kl/{teacher.name}"] = -(weight * advantage).sum()
-                loss, clipped = policy_loss(
-                    seen.logp, old, advantage, weight, cfg.rlvr, clip=teacher is None or cfg.opd.clip_ratio
-                )
-                parts |= clipped if teacher is None else {}
-            parts["loss/rlvr" if teacher is None else "loss/opd"] = parts["loss"] = beta * loss.detach()
+            loss, parts = loss_of(batch, micro, rows, head, tokens, beta, cfg)
             if not torch.isfinite(loss.detach()):
                 rule = f"update: loss of branch {self.name!r} must be finite"
                 raise NonFiniteLoss(f"{rule}; got {loss.item()} from {batch}", batch)
-            (beta * loss).backward()
+            loss.backward()
             self._collect()
             for name, value in parts.items():
                 totals[name] += value.item()  # type: ignore[assignment]  # a Counter adds floats as well
@@ -233,24 +244,26 @@ class Branch:
         for parameter, master in self.rounded:
             parameter.data.copy_(master)
 
-    def _agreement(self, rollout: Rollout, teacher: TeacherScore) -> dict[str, float]:
-        """Top-k overlap with, and δ of, a cross batch's teacher before the update, on the first tokens of the batch."""
-        name = teacher.name
-        sums, deltas = self.compare(rollout, teacher, self.cfg.opd.overlap_tokens)
-        if not len(deltas):
-            return {}
-        ends = {f"delta_min/{name}": deltas.min().item(), f"delta_max/{name}": deltas.max().item()}
-        return {f"overlap/{name}": sums[0] / len(deltas)} | ends
+    def _agreement(self, batch: Batch, lesson: Lesson) -> dict[str, float]:
+        """Top-k overlap with, and δ of, each teacher before the update, on the first tokens of the batch."""
+        found: dict[str, float] = {}
+        for teacher in lesson.teachers:
+            name = teacher.name
+            sums, deltas = self.compare(batch.rollout, teacher, self.cfg.opd.overlap_tokens)
+            if len(deltas):
+                found |= {f"delta_min/{name}": deltas.min().item(), f"delta_max/{name}": deltas.max().item()}
+                found[f"overlap/{name}"] = sums[0] / len(deltas)
+        return found
 
     @torch.no_grad()
     def compare(self, rollout: Rollout, teacher: TeacherScore, limit: float = math.inf) -> tuple[list[float], Tensor]:
-        """On the first N tokens of a rollout, at most `limit`: sums of overlap, forward and reverse KL; and δ (N,)."""
+        """On the first N tokens a teacher scored, at most `limit`: sums of overlap and of both KLs; and δ (N,)."""
         sums, deltas, temperature = [0.0] * 3, [torch.empty(0)], self.cfg.rollout.temperature
         with self.active():
             for micro, rows in enumerate(rollout.sequences.micro_batches(self.cfg.micro_batch_tokens)):
                 if limit <= 0:
                     break
-                head, tokens = self.head(rollout, rows)
+                head, tokens = self.head(rollout, rows, only=teacher.rows)
                 tokens = tokens[: int(min(limit, len(tokens)))]
                 student, other = (
                     replace(h, hidden=h.hidden[: len(tokens)]) for h in (head, teacher.head(micro, self.device))

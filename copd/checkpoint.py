@@ -15,15 +15,16 @@ from typing import Any
 import torch
 
 from copd import data, files
-from copd.branch import Branch
-from copd.config import Config, DataConfig, dump
+from copd.coevolve import Plan
+from copd.config import Config, DataConfig
+from copd.schema import dump
 
 logger = logging.getLogger("copd")
 # settings that may change between a run and its continuation: where it runs, ...
 PLACE = {"name", "output_dir", "variant", "device", "threads", "resume", "report_to", "warmstart.cache_dir"}
 # ... what is kept and measured of it, how long it goes on, ...
 KEPT = {"checkpoint_every", "keep_checkpoints", "checkpoint_required", "eval", "merge", "opd.overlap_tokens"}
-LENGTH = {"cycles", "mixed_steps", "mopd_steps"}
+LENGTH = {"cycles", "mixed_steps", "mopd_steps", "consolidate.steps"}
 # ... and what makes room: the sums are the same but for rounding, the samples come from the same distribution
 ROOM = {"micro_batch_tokens", "offload", "rollout.chunk_prompts", "model.activation_checkpointing"}
 
@@ -63,13 +64,14 @@ def same(saved: dict[str, Any], cfg: Config, where: str) -> None:
         raise ValueError(f"resume: config must be the one of {where}; got {got}; choose another name, or resume=false")
 
 
-def save(directory: Path, step: int, branches: list[Branch], cfg: Config) -> Path:
+def save(directory: Path, step: int, plan: Plan, cfg: Config) -> Path:
     """Writes `checkpoint-<step>` whole or not at all, and removes the oldest beyond `cfg.keep_checkpoints`."""
     target = directory / f"checkpoint-{step}"
     with files.whole(target) as scratch:
         scratch.mkdir()
-        states = {branch.name: branch.state() for branch in branches}
-        torch.save({"step": step, "identity": identity(cfg), "branches": states}, scratch / "state.pt")
+        states = {branch.name: branch.state() for branch in plan.models(step)}
+        state = {"step": step, "identity": identity(cfg), "phases": plan.phases[:step], "branches": states}
+        torch.save(state, scratch / "state.pt")
         (scratch / "config.yaml").write_text(dump(cfg))
     for old in found(directory)[: -cfg.keep_checkpoints]:
         if old != target:
@@ -84,12 +86,12 @@ def found(directory: Path) -> list[Path]:
     return sorted(ours, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
-def resume(directory: Path, branches: list[Branch], cfg: Config) -> int:
+def resume(directory: Path, plan: Plan, cfg: Config) -> int:
     """Restores the newest checkpoint that can be read; returns the steps done, 0 where there is none."""
     paths = found(directory)
     for path in reversed(paths):
         try:
-            return load(path, branches, cfg)
+            return load(path, plan, cfg)
         except (OSError, EOFError, RuntimeError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             logger.warning("resume: %s cannot be read (%s)", path, reason)
@@ -98,8 +100,8 @@ def resume(directory: Path, branches: list[Branch], cfg: Config) -> int:
     return 0
 
 
-def load(path: Path, branches: list[Branch], cfg: Config) -> int:
-    """Restores all branches; returns the steps done.
+def load(path: Path, plan: Plan, cfg: Config) -> int:
+    """Restores all models and the phases taken; returns the steps done.
 
     Raises `ValueError` for a checkpoint of another config, `OSError` or `RuntimeError` for one that is damaged.
     """
@@ -113,6 +115,12 @@ def load(path: Path, branches: list[Branch], cfg: Config) -> int:
         raise OSError(f"{file} is damaged at {damaged}")
     saved = torch.load(file, map_location="cpu", weights_only=True)
     same(saved["identity"], cfg, f"{path} (see its config.yaml)")
-    for branch in branches:
+    step = int(saved["step"])
+    if plan.govern is not None:
+        plan.phases[:step] = saved["phases"]
+    taken = min(step, len(plan.phases))
+    if plan.phases[:taken] != saved["phases"][:taken]:
+        raise ValueError(f"resume: cycles must leave the {step} steps of {path} what they were; got other phases")
+    for branch in plan.models(step):
         branch.load_state(saved["branches"][branch.name])
-    return int(saved["step"])
+    return step

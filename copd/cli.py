@@ -13,7 +13,7 @@ from pathlib import Path
 
 import transformers
 
-from copd import config, evaluate, files, train
+from copd import evaluate, files, schema, train
 from copd.branch import Branch, NonFiniteLoss
 from copd.config import MergeConfig
 from copd.lab import report, study
@@ -28,7 +28,7 @@ from copd.train.health import Unhealthy
 
 def run_train(args: argparse.Namespace, cfg: LabConfig) -> None:
     if args.dry_run:
-        print(config.dump(cfg), end="")
+        print(schema.dump(cfg), end="")
         check(cfg)
         return
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -133,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if overrides and not args.schema:
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     try:
-        cfg = config.load(args.config, overrides, args.schema) if args.schema else None
+        cfg = schema.load(args.schema, args.config, overrides) if args.schema else None
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
     try:

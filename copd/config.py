@@ -6,24 +6,15 @@ A YAML file and `key=value` arguments are laid over these defaults; a key that i
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from copd.schedule import OverlapConfig
+from copd.schema import require
 
 Method = Literal["copd", "expert", "mixed", "mopd", "independent"]
-
-
-def require(holds: bool, rule: str, got: object) -> None:
-    """What every rule about a setting goes through."""
-    if not holds:
-        raise ValueError(f"config: {rule}; got {got}")
 
 
 @dataclass(frozen=True)
@@ -171,10 +162,31 @@ class OPDConfig:
     """every distillation step also takes a native GRPO batch; False distils alone"""
     teacher: Literal["live", "phase_start"] = "live"
     """`live`: the teacher's weights of this very step; `phase_start`: frozen when the phase began"""
+    teachers: Literal["owner", "all"] = "owner"
+    """who scores a cross batch: the branch that owns its prompts, or every other branch in one sweep"""
+    owner_weight: float | None = None
+    """with `all`: weight of the owner, the rest being shared by the others; None weighs all the same"""
     batch: Literal["per_edge", "split"] = "per_edge"
     """`prompts` for each teacher, or shared out among a branch's teachers"""
     overlap_tokens: int = 4096
     """positions of each cross batch on which overlap and KL are logged"""
+
+    def __post_init__(self) -> None:
+        weight = self.owner_weight
+        require(weight is None or 0 <= weight <= 1, "opd.owner_weight must be in [0, 1]", weight)
+
+
+@dataclass(frozen=True)
+class ConsolidateConfig:
+    steps: int = 0
+    """steps in which the merged model learns from the branches after the merge; 0 is the paper's method"""
+    signal: Literal["sampled", "reverse", "forward", "jsd"] = "forward"
+    """as `opd.signal`; each prompt is judged by the branch that owns it"""
+    native: bool = False
+    """rewards of the same rollouts add a GRPO loss"""
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 0, "consolidate.steps must be at least 0", self.steps)
 
 
 @dataclass(frozen=True)
@@ -262,10 +274,16 @@ class Config:
     """S_RL, steps of each Phase I"""
     opd_steps: int = 6
     """S_OPD, steps of each Phase II; S_RL : S_OPD = 1.5 was the paper's best"""
+    schedule: Literal["fixed", "overlap"] = "fixed"
+    """`fixed`: S_RL and S_OPD steps in turn; `overlap`: as many steps in all, each phase as long as `overlap` says"""
+    overlap: OverlapConfig = field(default_factory=OverlapConfig)
+    consolidate: ConsolidateConfig = field(default_factory=ConsolidateConfig)
+    mixed_batch: Literal["in_turn", "joint"] = "in_turn"
+    """`mixed`: a domain a step, or a batch of every domain in every step"""
     mixed_steps: int | None = None
-    """steps of `mixed`; None is K times the steps of a branch, as many updates as the experts take together"""
+    """steps of `mixed`; None samples what the branches' native batches do: K times their steps, or jointly as many"""
     mopd_steps: int | None = None
-    """steps of the `mopd` student, one teacher a step; None is the number of distillation batches of `copd`"""
+    """steps of the `mopd` student, one teacher a step; None: the distillation batches of `copd`, consolidation's too"""
     experts: str | None = None
     """folder of a finished `expert` or `independent` run whose branches teach in `mopd`; None trains them first"""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -310,6 +328,8 @@ class Config:
             require(name in names, f"merge.weights must name branches {names}", repr(name))
         whole = self.merge.into == "adapter" and self.model.adapter is None
         require(not whole, "merge.into must be model without model.adapter", self.merge.into)
+        adapter = bool(self.consolidate.steps) and self.merge.into == "adapter"
+        require(not adapter, "merge.into must be model with consolidate.steps", self.merge.into)
         rule = "offload must be false with model.adapter, whose base no branch can leave"
         require(not (self.offload and self.model.adapter), rule, self.offload)
         require(self.hub in (None, *names), f"hub must be one of the branches {names}", repr(self.hub))
@@ -323,41 +343,3 @@ class Config:
         for name in ("keep_checkpoints", "micro_batch_tokens", "mixed_steps", "mopd_steps"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name} must be at least 1", value)
-
-
-Schema = TypeVar("Schema")
-
-
-def load(
-    source: str | Path | dict[str, Any] | None,
-    overrides: Sequence[str] = (),
-    schema: type[Schema] = Config,  # type: ignore[assignment]  # a default cannot be generic
-) -> Schema:
-    """A `schema` from a YAML file (or its tree; None for the defaults) with `key=value` overrides laid over it.
-
-    Raises `ValueError` naming the key for an unknown key, a wrong type or a value that is not one of the options.
-    """
-    for override in overrides:
-        if "=" not in override:
-            raise ValueError(f"config: an override must have the form key=value; got {override!r}")
-    tree = OmegaConf.structured(schema)
-    OmegaConf.set_readonly(tree, False)
-    try:
-        layer = OmegaConf.load(source) if isinstance(source, str | Path) else source or {}
-        built: Any = OmegaConf.to_object(OmegaConf.merge(tree, layer, OmegaConf.from_dotlist(list(overrides))))
-        return built
-    except OmegaConfBaseException as error:
-        raise ValueError(f"config: {str(error).splitlines()[0]}; at {getattr(error, 'full_key', '?')}") from error
-
-
-def dump(cfg: Config) -> str:
-    """The resolved config as YAML."""
-    return OmegaConf.to_yaml(OmegaConf.structured(cfg))
-
-
-def digest(*parts: Any) -> str:
-    """Twelve hex digits that name any JSON-like or dataclass values."""
-    text = json.dumps(
-        [asdict(part) if is_dataclass(part) and not isinstance(part, type) else part for part in parts], sort_keys=True
-    )
-    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()

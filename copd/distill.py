@@ -2,6 +2,9 @@
 
 `sampled`: advantage β δ_t with δ_t = log π_teacher(y_t) − log π_student(y_t), in the policy loss of `copd.rlvr`.
 `reverse`, `forward`, `jsd`: β Σ_t w_t D(teacher, student) over the whole vocabulary, by `copd_kernels.kl`.
+
+Forward KL is the only one of them that moves a student which is confidently wrong: its gradient in the logits is p − q,
+where that of the others vanishes with the student's own probability of what the teacher would say.
 """
 
 from __future__ import annotations
@@ -25,6 +28,8 @@ class TeacherScore:
     first micro-batches only, where no more are needed"""
     logp: list[Tensor]
     """(N,) fp32 log-probs of the sampled tokens"""
+    rows: slice | None = None
+    """the rows of the rollout that it scored, and N counts; None for all"""
 
     def head(self, micro: int, device: torch.device) -> Head:
         head = self.heads[micro]
@@ -37,14 +42,49 @@ def delta(teacher_logp: Tensor, logp_old: Tensor, cfg: OPDConfig) -> Tensor:
     return difference if cfg.delta_clamp is None else difference.clamp(-cfg.delta_clamp, cfg.delta_clamp)
 
 
-def divergence_loss(student: Head, teacher: Head, weight: Tensor, temperature: float, cfg: OPDConfig) -> Tensor:
-    """Σ_t w_t D_t over N tokens, without β."""
-    return kl(
-        student,
-        teacher,
-        divergence=cfg.signal,
-        beta=cfg.jsd_beta,
-        temperature=temperature,
-        token_weight=weight,
-        reduction="sum",
-    )
+@dataclass
+class Lesson:
+    """What a rollout's teachers say about it: all of them about every token, or each about the rows it owns."""
+
+    teachers: list[TeacherScore]
+    signal: str
+    weight: list[float] | None = None
+    """of each teacher, summing to one; None where each has rows of its own"""
+
+    @property
+    def key(self) -> str:
+        """Under which its KL is logged."""
+        return f"kl/{'+'.join(teacher.name for teacher in self.teachers)}"
+
+    def __str__(self) -> str:
+        return ", ".join(repr(teacher.name) for teacher in self.teachers)
+
+    def owner(self, token_rows: Tensor) -> Tensor:
+        """(N,) int64: the teacher of each token, whose row in the rollout is given."""
+        ends = torch.tensor([teacher.rows.stop for teacher in self.teachers if teacher.rows], device=token_rows.device)
+        return torch.bucketize(token_rows, ends, right=True)
+
+    def logp(self, micro: int, token_rows: Tensor) -> Tensor:
+        """(N,) the teachers' log-probs of the sampled tokens, averaged by weight."""
+        said = [teacher.logp[micro].to(token_rows.device) for teacher in self.teachers]
+        if self.weight is None:
+            return torch.cat(said)  # rows are in the teachers' order
+        return torch.stack([w * logp for w, logp in zip(self.weight, said, strict=True)]).sum(0)
+
+    def loss(
+        self, student: Head, micro: int, token_rows: Tensor, weight: Tensor, temperature: float, cfg: OPDConfig
+    ) -> Tensor:
+        """Σ_t w_t D_t over N tokens in one sweep of the teachers, without β."""
+        device = weight.device
+        routed = self.weight is None
+        return kl(
+            student,
+            [teacher.head(micro, device) for teacher in self.teachers],
+            divergence=self.signal,
+            beta=cfg.jsd_beta,
+            temperature=temperature,
+            teacher_index=self.owner(token_rows) if routed else None,
+            teacher_weight=None if self.weight is None else torch.tensor(self.weight, device=device),
+            token_weight=weight,
+            reduction="sum",
+        )

@@ -17,9 +17,9 @@ from PIL import Image
 from copd import files, topology
 from copd.branch import Branch
 from copd.coevolve import Plan
-from copd.config import digest
 from copd.log import Log
 from copd.rollout import completions, rewards, seed_of
+from copd.schema import digest
 from copd.task import Task
 
 logger = logging.getLogger("copd")
@@ -31,19 +31,25 @@ def measure(plan: Plan, tasks: Mapping[str, Task], log: Log, step: int) -> None:
 
     What the log already holds of this step is not measured again.
     """
-    branches, last = {branch.name: branch for branch in plan.branches}, step == len(plan.phases)
-    cfg = plan.branches[0].cfg
+    last, cfg = step == plan.steps, plan.branches[0].cfg
     if _due(step, cfg.eval.every, last):
-        for branch in plan.branches:
+        for branch in plan.models(step):
             for task in tasks.values():
                 if not log.last("eval", step=step, branch=branch.name, domain=task.name):
                     log.write("eval", step, accuracy(branch, task, cfg.eval.curve_prompts, 1)[0])
     if _due(step, cfg.eval.every if cfg.eval.divergence_every is None else cfg.eval.divergence_every, last):
-        for student, teachers in topology.teachers(cfg).items():
-            for teacher in teachers:
-                measured = log.last("divergence", step=step, student=student, teacher=teacher)
-                if student in branches and teacher in branches and not measured:
-                    log.write("divergence", step, divergence(branches[student], branches[teacher], tasks[student]))
+        divergences(plan, tasks, log, step)
+
+
+def divergences(plan: Plan, tasks: Mapping[str, Task], log: Log, step: int) -> list[Record]:
+    """Divergence along the edges of the topology after `step` steps, where the log does not hold it yet."""
+    branches = {branch.name: branch for branch in plan.branches}
+    for student, teachers in topology.teachers(plan.branches[0].cfg).items():
+        for teacher in teachers:
+            measured = log.last("divergence", step=step, student=student, teacher=teacher)
+            if student in branches and teacher in branches and not measured:
+                log.write("divergence", step, divergence(branches[student], branches[teacher], tasks[student]))
+    return [record for record in log.of("divergence") if record["step"] == step]
 
 
 def _due(step: int, every: int, last: bool) -> bool:

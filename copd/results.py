@@ -24,7 +24,8 @@ def save(directory: Path, models: Iterable[Branch]) -> None:
     """Every model but the base, with its processor."""
     for branch in models:
         if branch.name != "base":
-            folder = directory / ("merged" if branch.name == "merged" else f"branch-{branch.name}")
+            whole = branch.name in ("merged", "consolidated")
+            folder = directory / (branch.name if whole else f"branch-{branch.name}")
             with files.whole(folder) as scratch:
                 branch.weights.save(scratch)
                 branch.processor.save_pretrained(scratch)
@@ -59,6 +60,7 @@ def write(
         "cost": {
             "seconds": round(log.seconds(), 1),
             "rollouts": sum(record["rollouts"] for record in trained),
+            "consolidation": sum(record["rollouts"] for record in trained if record["phase"] == "consolidate"),
             "updates": len(trained) * cfg.rlvr.updates_per_batch,
             "tokens": sum(record["tokens"] for record in trained),
         },

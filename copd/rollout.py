@@ -53,20 +53,21 @@ def seed_of(*key: object) -> int:
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
 
 
-def rewards(task: Task, rollout: Rollout) -> Tensor:
-    """Rewards (P, G) fp32. Raises `ValueError` where the task returns another number of them."""
+def rewards(task: Task, rollout: Rollout, of: slice = slice(None)) -> Tensor:
+    """Rewards (P, G) fp32 of the prompts in `of`. Raises `ValueError` where the task returns another number of them."""
     samples = rollout.sequences.samples
-    prompts = [prompt for prompt in rollout.sequences.prompts for _ in range(samples)]
-    texts = completions(task, rollout)
+    prompts = [prompt for prompt in rollout.sequences.prompts[of] for _ in range(samples)]
+    first = (of.start or 0) * samples
+    texts = completions(task, rollout, slice(first, first + len(prompts)))
     values = task.reward(prompts, texts)
     if len(values) != len(texts):
         raise ValueError(f"reward: {task.name!r} must return one value a completion ({len(texts)}); got {len(values)}")
     return torch.tensor(values, dtype=torch.float32).view(-1, samples)
 
 
-def completions(task: Task, rollout: Rollout) -> list[str]:
-    """The text of each row, special tokens left out."""
-    rows = zip(rollout.tokens, rollout.mask, strict=True)
+def completions(task: Task, rollout: Rollout, of: slice = slice(None)) -> list[str]:
+    """The text of each row in `of`, special tokens left out."""
+    rows = zip(rollout.tokens[of], rollout.mask[of], strict=True)
     return [task.decode(tokens[mask].tolist()) for tokens, mask in rows]
 
 

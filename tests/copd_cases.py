@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from copd import config, train
+from copd import schema, train
 from copd.branch import Branch
 from copd.lab.config import LabConfig
 from copd.lab.start import start
@@ -44,7 +44,7 @@ KINDS = {"text": "arithmetic", "image": "count", "video": "motion", "text2": "ar
 def make_config(tmp_path: Path, *overrides: str, domains: tuple[str, ...] = ("text", "image")) -> LabConfig:
     owned = [f"branches.{name}.task={KINDS[name]}" for name in domains]
     place = [f"output_dir={tmp_path}", f"warmstart.cache_dir={tmp_path / 'warmstart'}"]
-    return config.load(None, [*owned, *place, *TINY, *overrides], LabConfig)
+    return schema.load(LabConfig, None, [*owned, *place, *TINY, *overrides])
 
 
 def make_branch(cfg: LabConfig, name: str = "text", seed: int = 0, domain: str | None = None) -> Branch:

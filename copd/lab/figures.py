@@ -19,7 +19,9 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 BRANCH_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"]
-COLOURS = {"base": "#BBBBBB", "averaged": "#777777", "mixed": "#56B4E9", "mopd": "#8C6D31", "merged": "#222222"}
+COLOURS = {"base": "#BBBBBB", "averaged": "#777777", "mixed": "#56B4E9", "mopd": "#8C6D31", "merged": "#222222"} | {
+    "consolidated": "#B22222"
+}
 STYLE: Any = {
     "font.size": 9.5,
     "axes.spines.top": False,

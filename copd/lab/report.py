@@ -160,9 +160,11 @@ class Suite:
                 for domain, mean in (domains | {"overall": fmean(domains.values())}).items():
                     accuracy[domain][seed] = mean
                 taught_by = control.get(seed) if key == "mopd/student" else None
-                rollouts.append(sum(r["cost"]["rollouts"] for r in (run, taught_by) if r) * share)
+                # what came after the merge was not spent on what was merged
+                later = 0 if name == "consolidated" else run["cost"].get("consolidation", 0)
+                rollouts.append((sum(r["cost"]["rollouts"] for r in (run, taught_by) if r) - later) * share)
             if runs:
-                hatched = (key.startswith("expert/") and name != "merged") or bool(at)
+                hatched = (key.startswith("expert/") and name not in ("merged", "consolidated")) or bool(at)
                 models[key] = Model(label, shade, hatched, accuracy, fmean(rollouts))
 
         add("base", "base", COLOURS["base"], {s: r for runs in self.runs.values() for s, r in runs.items()}, share=0)
@@ -180,6 +182,12 @@ class Suite:
             hub = " (hub)" if branch == self.first["hub"] and len(self.own) > 2 else ""
             add(f"copd/{branch}", f"CoPD {branch}{hub}", colour(i), self.runs["copd"])
         add("copd/merged", "CoPD merged", COLOURS["merged"], self.runs["copd"])
+        for key, label, runs in (
+            ("copd/consolidated", "CoPD consolidated", self.runs["copd"]),
+            ("expert/consolidated", "experts consolidated", control),
+        ):
+            ended = {seed: run for seed, run in runs.items() if "consolidated" in run["final"]}
+            add(key, label, COLOURS["consolidated"], ended)
         return models
 
     def number(self, values: Iterable[float], sign: bool = False) -> str:
@@ -242,8 +250,10 @@ class Suite:
         add("CoPD merged over base, overall", merged, on("base", "overall"))
         add("CoPD merged over the best expert, overall", merged, {s: max(e[s] for e in experts) for s in self.control})
         others = ["expert/merged", "mixed/early", "mixed/mixed", "mopd/student", *(f"copd/{b}" for b in self.own)]
-        for other in filter(models.get, others):
-            add(f"CoPD merged over {models[other].label}, overall", merged, on(other, "overall"))
+        for key in filter(models.get, ("copd/merged", "copd/consolidated")):
+            for other in filter(models.get, others if key == "copd/merged" else [*others, "copd/merged"]):
+                first, second = models[key].label, models[other].label
+                add(f"{first} over {second}, overall", on(key, "overall"), on(other, "overall"))
         return rows
 
     def measures(self) -> dict[str, dict[str, Series]]:
@@ -331,16 +341,3 @@ class Suite:
     def configs(self) -> dict[str, str]:
         firsts = [next(iter(runs.values())) for runs in self.runs.values() if runs]
         return {f"{METHODS[r['method']]}, seed {r['seed']}": OmegaConf.to_yaml(r["config"]) for r in firsts}
-
-
-def series(runs: dict[int, Result], kind: str, value: str, scale: float = 1, **where: str) -> Series:
-    """step -> for each run the mean of its records of that kind, times `scale`."""
-    found: Series = defaultdict(list)
-    for run in runs.values():
-        steps: Series = defaultdict(list)
-        for record in run[kind]:
-            if where.items() <= record.items():
-                steps[record["step"]].append(scale * record[value])
-        for step, values in steps.items():
-            found[step].append(fmean(values))
-    return dict(sorted(found.items()))

@@ -18,7 +18,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from copd import config, files, log
+from copd import files, log, schema
 from copd.lab.config import LabConfig
 from copd.train.interrupts import Interrupts
 
@@ -43,7 +43,7 @@ class Study:
     def __post_init__(self) -> None:
         for variant in self.variants:
             for method in self.methods:
-                config.load(self.tree(variant, 0, method), schema=LabConfig)
+                schema.load(LabConfig, self.tree(variant, 0, method))
 
     def tree(self, variant: str, seed: int, method: str) -> Any:
         """The settings of one run, as in its own file."""

@@ -18,11 +18,11 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from copd.config import digest
 from copd.lab.config import LabConfig
 from copd.lab.tasks.synthetic import SyntheticTask
 from copd.model import collate, extend, hidden_states, load_saved
 from copd.rollout import generate, rewards, seed_of, special_tokens
+from copd.schema import digest
 from copd.task import Task
 from copd_kernels import Head, logprob
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from copd import checkpoint, config, evaluate, files, results
+from copd import checkpoint, evaluate, files, results, schema
 from copd.batch import NonFiniteLoss
 from copd.branch import Branch
 from copd.coevolve import coevolve, make_plan
@@ -83,7 +83,7 @@ def finished(cfg: Config) -> dict[str, Any] | None:
         return None
     checkpoint.same(found["identity"], cfg, f"the finished run {cfg.run_dir}")
     # what may change without touching the weights, and still makes other results
-    kept = ("cycles", "rl_steps", "opd_steps", "mixed_steps", "mopd_steps", "eval", "merge")
+    kept = ("cycles", "rl_steps", "opd_steps", "mixed_steps", "mopd_steps", "consolidate", "eval", "merge")
     if all(found["config"][name] == asdict(cfg)[name] for name in kept):
         (cfg.run_dir / "final.json").unlink(missing_ok=True)
         return found
@@ -108,7 +108,7 @@ class Run:
             from copd import adapter  # peft, which it imports, takes a second
 
             self.lora = adapter.prepare(base, cfg, self.device)
-        self.plan = make_plan(cfg, tasks, self.branch, self._expert)
+        self.plan = make_plan(cfg, tasks, self.branch, self._expert, self.merged, self._overlap)
         state_memory(self.plan.branches)
 
     def branch(self, name: str, tasks: list[Task], model: PreTrainedModel | Weights | None = None) -> Branch:
@@ -142,15 +142,14 @@ class Run:
         return load_like(folder, self.base, self.processor)
 
     def train(self) -> Log:
-        cfg, plan, total = self.cfg, self.plan, len(self.plan.phases)
-        done = saved = checkpoint.resume(self.directory, plan.branches, cfg) if cfg.resume else 0
+        cfg, plan, total = self.cfg, self.plan, self.plan.steps
+        done = saved = checkpoint.resume(self.directory, plan, cfg) if cfg.resume else 0
         if done > total:
             raise ValueError(f"resume: cycles and steps must give at least the {done} steps done; got {total}")
         (self.directory / "results.json").unlink(missing_ok=True)  # of a run that is to go on
-        files.write(self.directory / "config.yaml", config.dump(cfg))
-        log = Log(self.directory, cfg, total, done)
-        updates = cfg.rlvr.updates_per_batch
-        start = [branch.updates - done * updates for branch in plan.branches]
+        files.write(self.directory / "config.yaml", schema.dump(cfg))
+        log = self.log = Log(self.directory, cfg, total, done)
+        whole = [branch.updates for branch in plan.models(done)]
         try:
             with Interrupts() as interrupts:
                 evaluate.measure(plan, self.tasks, log, done)
@@ -158,16 +157,17 @@ class Run:
                 while done < total:
                     with interrupts.hold():
                         done, phase, metrics = next(steps)
+                        whole = [branch.updates for branch in plan.models(done)]
                         self._record(log, done, phase, metrics, time.perf_counter() - clock)
                     if done == total or (cfg.checkpoint_every and done % cfg.checkpoint_every == 0):
                         saved = done if self._save(done, required=cfg.checkpoint_required and done < total) else saved
                     evaluate.measure(plan, self.tasks, log, done)
                     clock = time.perf_counter()
         except BaseException as error:
-            moved = {branch.updates - first for branch, first in zip(plan.branches, start, strict=True)}
+            between = whole == [branch.updates for branch in plan.models(done)]
             if isinstance(error, NonFiniteLoss):
                 error = self._failed(error, done + 1)
-            if done > saved and moved == {done * updates}:
+            if done > saved and between:
                 saved = done if self._save(done, required=False) else saved
             elif done > saved:
                 logger.error("stopped within step %d, when some branches had moved: it is no state to resume", done + 1)
@@ -190,7 +190,7 @@ class Run:
     def _save(self, step: int, required: bool) -> bool:
         """Whether the checkpoint could be written; a full disk is an `OSError` only where it is required."""
         try:
-            checkpoint.save(self.directory, step, self.plan.branches, self.cfg)
+            checkpoint.save(self.directory, step, self.plan, self.cfg)
         except (OSError, RuntimeError) as error:  # torch words a full disk as a RuntimeError
             last = next((str(path) for path in reversed(checkpoint.found(self.directory))), "none")
             reason = str(error).splitlines()[0]
@@ -205,7 +205,7 @@ class Run:
         """Branches that had already moved in this step make its state one to look at, not one to resume."""
         path = self.directory / f"failed-{step}" / "state.pt"
         with files.whole(path) as scratch:
-            states = {branch.name: branch.state() for branch in self.plan.branches}
+            states = {branch.name: branch.state() for branch in self.plan.models(step - 1)}
             torch.save({"batch": error.batch, "branches": states}, scratch)
         return NonFiniteLoss(f"{error}; step {step}, batch and weights saved in {path.parent}", error.batch)
 
@@ -221,6 +221,11 @@ class Run:
         model.load_state_dict(merge(self.base.state_dict(), states, cfg))
         return model.requires_grad_(False)
 
+    def _overlap(self) -> float:
+        """Mean top-k overlap along the edges of the topology, now."""
+        found = evaluate.divergences(self.plan, self.tasks, self.log, len(self.plan.phases))
+        return float(sum(record["overlap"] for record in found) / len(found))
+
     def finish(self, log: Log) -> dict[str, Any]:
         """Saves every model, evaluates it, and writes `results.json`."""
         everything, branches = list(self.tasks.values()), self.plan.branches
@@ -234,7 +239,8 @@ class Run:
             models = [self.branch("base", everything, base), *branches]
             if self.cfg.method in ("copd", "independent"):
                 models.append(self.branch("merged", everything, self.merged()))
-                results.save(self.directory, models[-1:])
+                models += self.plan.models(self.plan.steps)[len(branches) :]
+                results.save(self.directory, models[1 + len(branches) :])
             partial = self.directory / "final.json"
             final, samples = evaluate.final(models, everything, log, partial)
             found = results.write(self.directory, self.plan, self.tasks, log, final, samples)

@@ -6,7 +6,7 @@ from statistics import fmean
 import pytest
 from copd_cases import run
 
-from copd import config
+from copd import schema
 from copd.lab import study
 from copd.lab.config import LabConfig
 
@@ -18,9 +18,9 @@ def test_branches_that_teach_each_other_stay_close_and_average_well(tmp_path):
     """Margins that every seed of earlier runs kept several times over; see the ordering against mixed RLVR and MOPD in
     `results/`, which no test may assume."""
     settings = [f"output_dir={tmp_path}", "common.cycles=4", f"common.warmstart.cache_dir={tmp_path / 'warmstart'}"]
-    plan = config.load(STUDY, settings, study.Study)
+    plan = schema.load(study.Study, STUDY, settings)
     runs = {
-        method: run(config.load(study.write_config(plan, "sharpen-k2", 0, method), schema=LabConfig))
+        method: run(schema.load(LabConfig, study.write_config(plan, "sharpen-k2", 0, method)))
         for method in ("independent", "copd")
     }
     steps = {run["phases"][-1][-1] for run in runs.values()}

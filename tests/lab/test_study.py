@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from copd import config
+from copd import schema
 from copd.lab import study
 from copd.lab.config import LabConfig
 from copd.train.interrupts import Interrupts
@@ -17,11 +17,11 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 @pytest.mark.parametrize("name", ["demo", "study"])
 def test_the_bundled_studies_load(tmp_path, name):
-    plan = config.load(CONFIGS / f"{name}.yaml", [f"output_dir={tmp_path}"], study.Study)
+    plan = schema.load(study.Study, CONFIGS / f"{name}.yaml", [f"output_dir={tmp_path}"])
     for variant in plan.variants:
         for method in plan.methods:
             path = study.write_config(plan, variant, 3, method)
-            cfg = config.load(path, schema=LabConfig)
+            cfg = schema.load(LabConfig, path)
             assert (cfg.method, cfg.seed, cfg.variant) == (method, 3, variant)
 
 

@@ -165,8 +165,8 @@ def test_half_the_steps_then_a_resume_equal_all_steps_bit_for_bit(tmp_path, teac
     finish(whole)
     steps = coevolve(half)
     next(steps), next(steps)
-    path = checkpoint.save(tmp_path, 2, half.branches, cfg)
-    assert checkpoint.load(path, rest.branches, cfg) == 2
+    path = checkpoint.save(tmp_path, 2, half, cfg)
+    assert checkpoint.load(path, rest, cfg) == 2
     finish(rest, 2)
     for a, b in zip(whole.branches, rest.branches, strict=True):
         assert same(weights(a), weights(b))
@@ -182,7 +182,7 @@ def test_a_checkpoint_holds_adapters_and_their_optimisers_only(tmp_path):
     state = branch.state()
     held = [t for part in (state["weights"], *state["optimizer"]["state"].values()) for t in part.values()]
     assert sum(t.numel() for t in held if t.dim()) == 3 * adapter
-    path = checkpoint.save(tmp_path, 1, plan.branches, branch.cfg) / "state.pt"
+    path = checkpoint.save(tmp_path, 1, plan, branch.cfg) / "state.pt"
     # master weights are the adapter's own in fp32; torch.save writes a storage once
     assert path.stat().st_size < 2 * 3 * 4 * adapter + 2**18
 
@@ -248,7 +248,7 @@ def test_teachers_are_scored_without_a_copy_of_the_shared_lm_head(tmp_path, sign
     moved(teacher.weights)
     batch = student.cross_batch(teacher, 0)
     shared = student.model.lm_head.weight
-    assert all(head.lm_head.data_ptr() == shared.data_ptr() for head in batch.teacher.heads)
+    assert all(head.lm_head.data_ptr() == shared.data_ptr() for head in batch.lesson.teachers[0].heads)
 
 
 def vocabulary_gemms(work, V):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from copd_cases import make_config
 
-from copd import config, topology
+from copd import config, schema, topology
 from copd.lab import config as lab
 from copd.lab.config import LabConfig
 
@@ -15,14 +15,14 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 def test_a_config_survives_the_round_trip(tmp_path):
     cfg = make_config(tmp_path, "opd.branch_beta.text=0.5", "branches.image.options.grid=2")
-    assert config.load(asdict(cfg), schema=LabConfig) == cfg
+    assert schema.load(LabConfig, asdict(cfg)) == cfg
 
 
-@pytest.mark.parametrize("schema", [config, lab])
-def test_every_field_has_a_line_of_documentation(schema):
-    source = Path(schema.__file__).read_text().splitlines()
-    for cls in vars(schema).values():
-        if is_dataclass(cls) and cls.__module__ == schema.__name__ and cls not in (config.Config, LabConfig):
+@pytest.mark.parametrize("module", [config, lab])
+def test_every_field_has_a_line_of_documentation(module):
+    source = Path(module.__file__).read_text().splitlines()
+    for cls in vars(module).values():
+        if is_dataclass(cls) and cls.__module__ == module.__name__ and cls not in (config.Config, LabConfig):
             for field in cls.__annotations__:
                 (place,) = [i for i, line in enumerate(source) if line.startswith(f"    {field}: ")][:1] or [None]
                 assert source[place + 1].strip().startswith('"""'), f"{cls.__name__}.{field}"
@@ -53,23 +53,23 @@ def test_a_wrong_setting_is_an_error_that_names_it(tmp_path, override, message):
 
 def test_a_run_without_branches_is_an_error():
     with pytest.raises(ValueError, match="branches must name at least one domain; got none"):
-        config.load(None)
+        schema.load(config.Config, None)
 
 
 def test_the_lab_sets_more_than_the_loop_and_the_loop_refuses_it():
     lines = ["branches.text.task=data", "warmstart.clean_steps=1"]
-    assert config.load(None, lines, LabConfig).warmstart.clean_steps == 1
+    assert schema.load(LabConfig, None, lines).warmstart.clean_steps == 1
     with pytest.raises(ValueError, match="Key 'warmstart' not in 'Config'"):
-        config.load(None, lines)
+        schema.load(config.Config, None, lines)
 
 
 @pytest.mark.parametrize("name", ["smoke", "smoke_lora", "qwen3_vl_4b", "qwen3_vl_4b_lora"])
 def test_the_bundled_runs_load(name):
-    assert list(config.load(CONFIGS / f"{name}.yaml", schema=LabConfig).branches) == ["text", "image", "video"]
+    assert list(schema.load(LabConfig, CONFIGS / f"{name}.yaml").branches) == ["text", "image", "video"]
 
 
 def test_the_paper_is_the_default():
-    cfg = config.load(CONFIGS / "smoke.yaml", schema=LabConfig)
+    cfg = schema.load(LabConfig, CONFIGS / "smoke.yaml")
     paper = config.OPDConfig()
     assert (paper.signal, paper.teacher, paper.native, paper.delta_clamp) == ("sampled", "live", True, None)
     assert (cfg.rlvr.clip_low, cfg.rlvr.clip_high, cfg.rlvr.loss_aggregation) == (0.2, 0.28, "sequence")

@@ -13,13 +13,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.qwen2_vl import Qwen2VLImageProcessorPil
 
 from copd import train
-from copd.config import Config, DataConfig, load
+from copd.config import Config, DataConfig
 from copd.data import FileTask, fingerprint
 from copd.lab.config import TinyConfig
 from copd.lab.tasks import vocabulary
 from copd.lab.tasks.synthetic import patches
 from copd.lab.tiny import build_tiny
 from copd.processor import FrameProcessor, PilProcessor, load_processor
+from copd.schema import load
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *vocabulary.MEDIA]
@@ -315,7 +316,7 @@ def test_the_examples_train_from_a_saved_checkpoint(processor, tmp_path, monkeyp
         "rollout={prompts: 2, samples: 2, max_new_tokens: 6}",
         "eval={every: 0, prompts: 2, samples: 1, curve_prompts: 2, divergence_prompts: 1, shown: 1}",
     ]
-    cfg: Config = load(EXAMPLES / "shapes.yaml", options)
+    cfg: Config = load(Config, EXAMPLES / "shapes.yaml", options)
     train.run(cfg)
     results = json.loads((cfg.run_dir / "results.json").read_text())
     assert set(results["final"]) == {"base", "text", "image", "video", "merged"}

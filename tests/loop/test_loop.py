@@ -53,8 +53,8 @@ def test_half_the_steps_then_a_resume_equal_all_steps_bit_for_bit(tmp_path, teac
     finish(whole)
     steps = coevolve(half)
     next(steps), next(steps)
-    path = checkpoint.save(tmp_path, 2, half.branches, cfg)
-    assert checkpoint.load(path, rest.branches, cfg) == 2
+    path = checkpoint.save(tmp_path, 2, half, cfg)
+    assert checkpoint.load(path, rest, cfg) == 2
     finish(rest, 2)
     for a, b in zip(whole.branches, rest.branches, strict=True):
         assert same(weights(a), weights(b))
@@ -105,9 +105,9 @@ def test_ctrl_c_saves_a_checkpoint_that_resumes(tmp_path, monkeypatch):
 def test_a_checkpoint_of_another_config_is_refused(tmp_path):
     cfg = make_config(tmp_path)
     plan = make_plan(cfg)
-    path = checkpoint.save(tmp_path, 1, plan.branches, cfg)
+    path = checkpoint.save(tmp_path, 1, plan, cfg)
     with pytest.raises(ValueError, match="resume: config must be the one"):
-        checkpoint.load(path, plan.branches, make_config(tmp_path, "optim.lr=2e-3"))
+        checkpoint.load(path, plan, make_config(tmp_path, "optim.lr=2e-3"))
 
 
 @pytest.mark.parametrize("signal_name", ["sampled", "reverse", "forward", "jsd"])
@@ -212,7 +212,7 @@ def test_the_cross_batch_is_whole_for_each_teacher_or_shared_out(tmp_path, shari
 def test_without_native_batches_phase_two_distils_alone(tmp_path):
     plan = make_plan(make_config(tmp_path))
     plan.native = False
-    assert [batch.teacher.name for batch in gather(plan, plan.branches[0], "opd", 0)] == ["image"]
+    assert [str(batch.lesson) for batch in gather(plan, plan.branches[0], "opd", 0)] == ["'image'"]
 
 
 def test_live_teachers_move_and_phase_start_teachers_do_not(tmp_path):
@@ -397,7 +397,7 @@ def test_old_checkpoints_are_removed(tmp_path):
     cfg = make_config(tmp_path, "keep_checkpoints=2")
     branch = make_branch(cfg)
     for step in (5, 10, 100):
-        checkpoint.save(tmp_path, step, [branch], cfg)
+        checkpoint.save(tmp_path, step, Plan([branch], ["rl"] * 100), cfg)
     assert [path.name for path in checkpoint.found(tmp_path)] == ["checkpoint-10", "checkpoint-100"]
 
 

@@ -258,7 +258,7 @@ def test_the_sampled_signal_keeps_no_more_of_the_teacher_than_the_overlap_needs(
         student = make_branch(make_config(tmp_path, f"opd.signal={signal}", *settings))
         teacher = make_branch(make_config(tmp_path, f"opd.signal={signal}", *settings), "image", seed=1)
         batch = student.cross_batch(teacher, 0)
-        kept[signal] = sum(len(head.hidden) for head in batch.teacher.heads)
-        assert sum(map(len, batch.teacher.logp)) == batch.rollout.mask.sum()
+        kept[signal] = sum(len(head.hidden) for head in batch.lesson.teachers[0].heads)
+        assert sum(map(len, batch.lesson.teachers[0].logp)) == batch.rollout.mask.sum()
         assert math.isfinite(student.learn([batch])["overlap"])
     assert 3 <= kept["sampled"] <= 6 < kept["reverse"]
