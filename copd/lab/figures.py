@@ -7,9 +7,11 @@ one standard error as a whisker or band.
 from __future__ import annotations
 
 import io
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 import matplotlib
@@ -71,6 +73,19 @@ def mean_error(values: Iterable[float]) -> tuple[float, float | None]:
     values = np.asarray(list(values), dtype=float)
     error = float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
     return float(values.mean()), error
+
+
+def series(runs: dict[int, dict[str, Any]], kind: str, value: str, scale: float = 1, **where: str) -> Series:
+    """step -> for each run the mean of its records of that kind, times `scale`."""
+    found: Series = defaultdict(list)
+    for run in runs.values():
+        steps: Series = defaultdict(list)
+        for record in run[kind]:
+            if where.items() <= record.items():
+                steps[record["step"]].append(scale * record[value])
+        for step, values in steps.items():
+            found[step].append(fmean(values))
+    return dict(sorted(found.items()))
 
 
 def bars(models: list[tuple[str, str, bool]], columns: dict[str, list[list[float]]], percent: bool = True) -> str:

@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 
 from copd import files
 from copd.lab import figures
-from copd.lab.figures import COLOURS, Line, Panel, Series, colour, mean_error
+from copd.lab.figures import COLOURS, Line, Panel, Series, colour, mean_error, series
 
 Result = dict[str, Any]
 Seeds = dict[int, float]
