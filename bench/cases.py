@@ -60,7 +60,7 @@ class Case:
     divergence: str = "reverse"
     backward: bool = True
     frozen: bool = False
-    recompute: bool = True  # logprob's logits in backward
+    recompute: bool = False  # logprob's logits in backward, whether or not they fit a workspace
     kl: float = 0.01
 
     @property

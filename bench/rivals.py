@@ -45,8 +45,8 @@ def ours(backend: str | None = None) -> Contender:
         except RuntimeError as error:
             raise Unsupported(str(error).split(": ")[-1].split(";")[0]) from error
         if x.case.op == "logprob":
-            if not x.case.recompute:
-                options |= {"recompute": False, "workspace_bytes": x.case.N * x.case.V * 4}
+            if x.case.recompute:
+                options["recompute"] = True
             return logprob(x.student, x.tokens, **options).logp.mean()
         if x.case.op == "agreement":
             return torch.stack([value.mean() for value in agreement(x.student, x.teachers, **options)])

@@ -35,11 +35,18 @@ def sweeps(case: Case) -> list[Sweep]:
     """What copd_kernels spends. `logprob` must know each token's upstream gradient, so its backward sweeps again."""
     back, head = int(case.backward), int(case.backward and not case.frozen)
     if case.op == "logprob":
-        return [Sweep(1)] + [Sweep(int(case.recompute), back, head)] * back
+        return [Sweep(1)] + [Sweep(int(not keeps(case)), back, head)] * back
     if case.op == "mutual_kl":
         K = case.T + 1
         return [Sweep(K, K * back, K * head)]
     return [Sweep(2 if case.op == "routed_kl" else case.T + 1, back, head)]
+
+
+def keeps(case: Case) -> bool:
+    """Whether logprob keeps its logits for backward, by the rule of `recompute="auto"`."""
+    worth = case.device != "cpu" or case.D >= schedule.KEEP_FROM_D
+    fits = case.N * case.V * accumulator(case.dtype).itemsize <= schedule.budget(0, torch.device(case.device))
+    return worth and fits and not case.recompute
 
 
 def passes_spent(case: Case) -> int:

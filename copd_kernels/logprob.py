@@ -1,8 +1,8 @@
 """Log-probability of the sampled token, entropy and logsumexp, from hidden states.
 
 Forward is one sweep over chunks of tokens and one GEMM pass; backward sweeps again, with each token's upstream
-gradients at hand: one pass for the logits, one each for dhidden and dlm_head. (N, V) logits never exist, unless the
-caller asks that they be kept for backward and all of them fit one workspace: then their second pass is saved.
+gradients and statistics at hand: one pass each for dhidden and dlm_head. Where all logits fit one workspace they are
+kept for it; otherwise (N, V) logits never exist, and a chunk's are made again by one pass more.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from torch import Tensor
 
 from . import reference
 from ._ops import NAMESPACE
-from .checks import check_integers, check_temperature, check_values, check_workspace
+from .checks import check, check_integers, check_temperature, check_values, check_workspace
 from .flatten import Flat, fake_gradients, flatten, logits_dtype, projections, scale, wanted
 from .head import Head
 from .results import LogProb
 from .rows import load, resolve
-from .schedule import Gradients, Projection, Workspace, empty_logits
+from .rows.stats import Side
+from .rows.stats import logprob as logprob_from
+from .schedule import Gradients, Projection, Workspace, empty_logits, keeps_logits
 
 
 @torch.library.custom_op(f"{NAMESPACE}::logprob", mutates_args=())
@@ -35,22 +37,29 @@ def logprob_op(
     backend: str,
     workspace_bytes: int,
     recompute: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(logp, entropy, lse), (N,) each, then what is kept for backward; `numbers` is the head's scale and softcap."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logp, entropy, lse), (N,) each, then what is kept for backward: logits (N, V) or (0, V), each row's statistics
+    (3, N) and its top token (N,). `numbers` is the head's scale and softcap."""
     head = single(hidden, lm_head, bias, numbers, vocab_size, temperature)
     rows = load(backend)
     outputs = [hidden.new_empty(hidden.shape[0], dtype=logits_dtype([hidden])) for _ in range(3)]
     kept = empty_logits(hidden, head.V, outputs[0].dtype, workspace_bytes, recompute)
+    sides, top = kept.new_empty(3, hidden.shape[0]), torch.empty_like(tokens)
     space = Workspace(hidden.shape[0], 1, head.V, kept, workspace_bytes, kept=kept)
     for chunk in space.chunks:
         keep = tokens[chunk] != ignore_index
         z = space.logits(chunk)
         head.project(head.read(chunk, keep), z[0], rows)
-        results = rows.logprob(z, torch.where(keep, tokens[chunk], 0))
+        side = rows.logprob(z)
+        top[chunk] = side.top
+        for saved, statistic in zip(sides, (side.max, side.tail, side.moment), strict=True):
+            saved[chunk] = statistic
+        token = torch.where(keep, tokens[chunk], 0)
+        results = logprob_from(side, z[0].gather(1, token.unsqueeze(1)).squeeze(1))
         for output, result in zip(outputs, results, strict=True):
             output[chunk] = torch.where(keep, result, 0)
     logp, entropy, lse = outputs
-    return logp, entropy, lse, kept
+    return logp, entropy, lse, kept, sides, top
 
 
 @torch.library.custom_op(f"{NAMESPACE}::logprob_backward", mutates_args=())
@@ -66,10 +75,15 @@ def logprob_backward(
     backend: str,
     workspace_bytes: int,
     kept: Tensor,
+    sides: Tensor,
+    top: Tensor,
     upstream: Tensor,
     want: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients over `unit`, then `unit`; `upstream` (3, N) belongs to logp, entropy and lse."""
+    """Gradients over `unit`, then `unit`; `upstream` (3, N) belongs to logp, entropy and lse.
+
+    The statistics are those of the forward's logits: made again they would cost a sweep over the rows.
+    """
     head = single(hidden, lm_head, bias, numbers, vocab_size, temperature)
     rows = load(backend)
     upstream = torch.where(tokens != ignore_index, upstream, 0)
@@ -85,7 +99,9 @@ def logprob_backward(
         if not kept.numel():
             head.project(mine, z[0], rows)
         g = upstream[:, chunk] * gradients.factor
-        rows.logprob_grad(z, torch.where(keep, tokens[chunk], 0), *g.unbind(), head.cap, dlogits)
+        largest, tail, moment = sides[:, chunk]
+        side = Side(largest, top[chunk], tail, torch.zeros_like(tail), moment)
+        rows.logprob_grad(z, side, torch.where(keep, tokens[chunk], 0), *g.unbind(), head.cap, dlogits)
         gradients.add(dlogits, mine, chunk)
     return *gradients.tensors(), gradients.unit
 
@@ -109,7 +125,8 @@ def _(
     *_, workspace_bytes, recompute = rest
     dtype = logits_dtype([hidden])
     per_token = [hidden.new_empty(hidden.shape[:1], dtype=dtype) for _ in range(3)]
-    return *per_token, empty_logits(hidden, V, dtype, workspace_bytes, recompute)
+    kept = empty_logits(hidden, V, dtype, workspace_bytes, recompute)
+    return *per_token, kept, kept.new_empty(3, hidden.shape[0]), hidden.new_empty(hidden.shape[:1], dtype=torch.int64)
 
 
 @logprob_backward.register_fake
@@ -119,21 +136,21 @@ def _(hidden: Tensor, lm_head: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *_, kept = output
+    kept = output[3:]
     # or a (N, V) of zeros would be made for it
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(kept)
-    ctx.save_for_backward(*inputs[:4], kept)
+    ctx.mark_non_differentiable(*kept)
+    ctx.save_for_backward(*inputs[:4], *kept)
     *ctx.rest, _ = inputs[4:]
 
 
 def _backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
     needs = list(ctx.needs_input_grad[:3])
-    *saved, kept = ctx.saved_tensors
+    *saved, kept, sides, top = ctx.saved_tensors
     hidden, *_, tokens = saved
     zero = kept.new_zeros(tokens.shape)
     stacked = torch.stack([zero if u is None else u for u in upstream[:3]])
-    *gradients, unit = logprob_backward(*saved, *ctx.rest, kept, stacked, needs)
+    *gradients, unit = logprob_backward(*saved, *ctx.rest, kept, sides, top, stacked, needs)
     done = [scale(g, unit, hidden.dtype) if need else None for g, need in zip(gradients, needs, strict=True)]
     return *done, *[None] * 8
 
@@ -149,7 +166,7 @@ def logprob(
     ignore_index: int = -100,
     backend: str | None = None,
     workspace_bytes: int | None = None,
-    recompute: bool = True,
+    recompute: bool | str = "auto",
 ) -> LogProb:
     """logp_n = z_n[tokens_n] - lse_n, entropy_n = -sum_v p_v log p_v, lse_n = log sum_v exp z_v, z = logits over T.
 
@@ -162,7 +179,10 @@ def logprob(
         ignore_index: the token id that marks a position as ignored.
         backend: "torch", "triton", "native" or "reference"; where omitted COPD_BACKEND, else the fastest available.
         workspace_bytes: most memory for a chunk's logits; a default for the device where omitted.
-        recompute: False keeps the logits until backward if all of them fit `workspace_bytes`, which saves a GEMM pass.
+        recompute: whether backward makes the logits again. False keeps them until then, which saves a GEMM pass, if all
+            of them fit `workspace_bytes`; "auto" does so where that is faster: always on CUDA, on a CPU where D is at
+            least 256 (below, the pass costs less than the first touch of fresh memory). True where many results wait
+            for their backward, because each keeps its own.
 
     Returns:
         (logp, entropy, lse), (...) each, fp32 (fp64 for fp64 inputs), in nats; all differentiable in the head's hidden,
@@ -177,12 +197,15 @@ def logprob(
     check_values("logprob", "tokens", tokens, lambda t: ((t >= 0) & (t < head.V)) | (t == ignore_index), rule)
     check_temperature("logprob", temperature)
     check_workspace("logprob", workspace_bytes)
+    check("logprob", "recompute", recompute in (True, False, "auto"), "be True, False or 'auto'", repr(recompute))
 
     name = resolve("logprob", backend, device)
     if name == "reference":
         return reference.logprob(head, tokens, temperature=temperature, ignore_index=ignore_index)
     hidden, lm_head, bias, scales, softcaps, sizes = (x[0] for x in flatten([head]))
-    *outputs, _ = logprob_op(
+    if recompute == "auto":
+        recompute = not keeps_logits(head.hidden)
+    outputs = logprob_op(
         hidden,
         lm_head,
         bias,
@@ -194,6 +217,6 @@ def logprob(
         name,
         workspace_bytes or 0,
         # nothing to keep for a backward that will not come
-        recompute or not any(wanted(head)),
+        bool(recompute) or not any(wanted(head)),
     )
-    return LogProb(*(x.view(shape) for x in outputs))
+    return LogProb(*(x.view(shape) for x in outputs[:3]))

@@ -29,9 +29,12 @@ WORKSPACE_BYTES = {"cpu": 256 * MIB, "cuda": 3072 * MIB}
 # on a CPU the first touch of fresh memory costs as much as the rows' work on it, and glibc maps blocks above this size
 # afresh each time; GEMMs gain little from more tokens than these, so such a chunk is no taller
 ENOUGH_BYTES, ENOUGH_TOKENS = 32 * MIB, 256
+# on a CPU the first touch of a kept logit costs as much as making it again from this many numbers, or nearly
+KEEP_FROM_D = 256
 # widened rows of lm_head: enough to keep the GEMM efficient, little beside the workspace
 TILE_BYTES = 8 * MIB
-# 16-bit dlogits are made from weights of at most one, times this: fp16 then resolves 2**-32 and saturates at 255
+# 16-bit dlogits are made from weights of at most one, times this: fp16 then resolves 2**-32, and what exceeds 255 is
+# infinite, which a GradScaler sees; no divergence but reverse and symmetric KL of more than 255 nats gets there
 HEADROOM = {torch.float16: 256.0}
 
 Rows = slice | Tensor
@@ -198,6 +201,11 @@ class Workspace:
         R = chunk.stop - chunk.start
         own = self.z if self.separate is None else self.separate
         return (own if dtype is None else own.view(dtype))[: R * self.V].view(R, self.V)
+
+
+def keeps_logits(hidden: Tensor) -> bool:
+    """Whether logits kept for backward cost less than the GEMM pass that makes them again."""
+    return hidden.device.type != "cpu" or hidden.shape[1] >= KEEP_FROM_D
 
 
 def empty_logits(hidden: Tensor, V: int, dtype: torch.dtype, workspace_bytes: int, recompute: bool) -> Tensor:

@@ -128,24 +128,24 @@ void kl(uintptr_t z, const std::string& type, int heads, int64_t R, int64_t V, i
     call(on_cuda, place, args, &CpuRows::kl, kl_kernel);
 }
 
-void logprob(uintptr_t z, const std::string& type, int64_t R, int64_t V, uintptr_t tokens,
-             const std::vector<uintptr_t>& numbers, double cap, uintptr_t dlogits, const std::string& dlogits_type,
-             bool on_cuda, uintptr_t place) {
+void logprob(uintptr_t z, const std::string& type, int64_t R, int64_t V, const std::vector<uintptr_t>& side,
+             uintptr_t top, uintptr_t tokens, const std::vector<uintptr_t>& upstream, double cap, uintptr_t dlogits,
+             const std::string& dlogits_type, bool on_cuda, uintptr_t place) {
     Logits logits = logits_of(z, type, 1, R, V);
-    require(numbers.size() == 3, "there must be three numbers a row");
-    for (uintptr_t x : numbers) require(R == 0 || (x && tokens), "tokens and numbers must not be null");
-    for (int64_t r = 0; r < R && !on_cuda; ++r) {
-        int64_t token = ((const int64_t*)tokens)[r];
+    require(side.size() == 3 && upstream.size() == (dlogits ? 3 : 0), "there must be three numbers a row");
+    for (uintptr_t x : {side[0], side[1], side[2], top}) require(R == 0 || x, "statistics must not be null");
+    for (uintptr_t x : upstream) require(R == 0 || (x && tokens), "tokens and upstream must not be null");
+    for (int64_t r = 0; r < R && dlogits && !on_cuda; ++r) {
+        int64_t token = ((const int64_t*)tokens)[r], at = ((const int64_t*)top)[r];
         require(token >= 0 && token < V, "tokens must be in 0..V-1");
+        require(at >= -1 && at < V, "top must be in -1..V-1");
     }
-    LogProbArguments args{logits, (const int64_t*)tokens, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr,
+    LogProbArguments args{logits, (void*)side[0], (void*)side[1], (void*)side[2], (int64_t*)top,
+                          (const int64_t*)tokens, nullptr, nullptr, nullptr,
                           gradient_of(logits, dlogits, dlogits_type, cap)};
-    if (dlogits) {
-        args.dlogp = (const void*)numbers[0], args.dentropy = (const void*)numbers[1];
-        args.dlse = (const void*)numbers[2];
-    } else {
-        args.logp = (void*)numbers[0], args.entropy = (void*)numbers[1], args.lse = (void*)numbers[2];
-    }
+    if (dlogits)
+        args.dlogp = (const void*)upstream[0], args.dentropy = (const void*)upstream[1],
+        args.dlse = (const void*)upstream[2];
     call(on_cuda, place, args, &CpuRows::logprob, logprob_kernel);
 }
 

@@ -50,8 +50,10 @@ template <class S, class Out> struct Work {
     Out* dlogits;     // (R, V)
     bool aligned;     // rows start at multiples of 16 bytes, of dlogits too
 
-    const int64_t* tokens;  // (R,), of logprob
-    S* results[3];
+    // of logprob, (R,) each
+    S* side[3];  // max, tail, moment
+    int64_t* top;
+    const int64_t* tokens;
     const S* upstream[3];
 
     __device__ const S* row(int head, int64_t r) const { return z + (head * R + r) * V; }
@@ -376,31 +378,29 @@ __device__ void logprob_rows(Rows& rows, const Work<S, Out>& work, Scratch<S>& s
     constexpr int N = Rows::N;
     int turn = 0;
     for (int64_t r = rows.first_row(); r < work.R; r += rows.row_step(), turn ^= 1) {
-        Sides<S> sides;
-        sweep(rows, [&](int i, int64_t col) {
-            rows.wait(i);
-            if (col >= rows.end()) return;
-            S x[N], nothing[N] = {};
-            rows.load(i, 0, r, col, x);
-            fold<true>(sides.s, x, nothing, (Index<S>)col, 1);
-        });
-        sides = reduce(sides, shared.sides);
-        if (threadIdx.x == 0) shared.partial_sides[turn][0] = sides;
-        sides = rows.combined(shared.partial_sides, turn, 1);
-        if (threadIdx.x == 0) shared.pairs[0].s = sides.s.distribution();
-        __syncthreads();
-        const Side<S> side = shared.pairs[0].s;
-        int64_t token = work.tokens[r];
-        if (!work.dlogits && threadIdx.x == 0 && rows.begin() == 0) {
-            work.results[0][r] = side.logp(work.row(0, r)[token]);
-            work.results[1][r] = side.entropy();
-            work.results[2][r] = side.lse();
-        }
-        if (work.dlogits) {
-            const LogProbGradient<S> gradient(side, (Index<S>)token, work.upstream[0][r], work.upstream[1][r],
-                                              work.upstream[2][r], work.cap);
+        if (!work.dlogits) {
+            Sides<S> sides;
+            sweep(rows, [&](int i, int64_t col) {
+                rows.wait(i);
+                if (col >= rows.end()) return;
+                S x[N], nothing[N] = {};
+                rows.load(i, 0, r, col, x);
+                fold<true>(sides.s, x, nothing, (Index<S>)col, 1);
+            });
+            sides = reduce(sides, shared.sides);
+            if (threadIdx.x == 0) shared.partial_sides[turn][0] = sides;
+            const Side<S> side = rows.combined(shared.partial_sides, turn, 1).s.distribution();
+            if (threadIdx.x == 0 && rows.begin() == 0) {
+                work.side[0][r] = side.max, work.side[1][r] = side.tail, work.side[2][r] = side.moment;
+                work.top[r] = side.top;
+            }
+        } else {
+            const Side<S> side{work.side[0][r], (Index<S>)work.top[r], work.side[1][r], S(0), work.side[2][r]};
+            const LogProbGradient<S> gradient(side, (Index<S>)work.tokens[r], work.upstream[0][r],
+                                              work.upstream[1][r], work.upstream[2][r], work.cap);
             Out* out = work.dlogits + r * work.V;
             sweep(rows, [&](int i, int64_t col) {
+                rows.wait(i);
                 if (col < rows.end()) {
                     S x[N];
                     rows.load(i, 0, r, col, x);

@@ -44,11 +44,6 @@ template <class F> struct Side {
         if (max - max != 0) side.tail = NOT_A_NUMBER<F>;
         return side;
     }
-
-    // of a row beside no other
-    COPD_FN F logp(F z) const { return (z - max) - norm(); }
-    COPD_FN F lse() const { return max + norm(); }
-    COPD_FN F entropy() const { return norm() - mean(); }
 };
 
 // What a tile adds to the tail and the moment. CAREFUL leaves the top token out, and a column without mass counts nothing

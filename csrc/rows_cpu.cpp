@@ -188,17 +188,17 @@ template <Divergence D, class S, class Out> void kl_rows(const KlArguments& args
 
 template <class S, class Out> void logprob_rows(const LogProbArguments& args, int threads) {
     const auto [z, type, heads, R, V] = args.logits;
+    S *max = (S*)args.max, *tail = (S*)args.tail, *moment = (S*)args.moment;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t r = 0; r < R; ++r) {
         const S* row = (const S*)z + r * V;
-        Side<S> side = measure(row, V).distribution();
         if (!args.gradient.dlogits) {
-            ((S*)args.logp)[r] = side.logp(row[args.tokens[r]]);
-            ((S*)args.entropy)[r] = side.entropy();
-            ((S*)args.lse)[r] = side.lse();
+            Side<S> side = measure(row, V).distribution();
+            max[r] = side.max, args.top[r] = side.top, tail[r] = side.tail, moment[r] = side.moment;
             continue;
         }
         auto at = [r](const void* numbers) { return ((const S*)numbers)[r]; };
+        const Side<S> side{max[r], (Index<S>)args.top[r], tail[r], S(0), moment[r]};
         LogProbGradient<S> gradient(side, (Index<S>)args.tokens[r], at(args.dlogp), at(args.dentropy), at(args.dlse),
                                     S(args.gradient.cap));
         Out* out = (Out*)args.gradient.dlogits + r * V;

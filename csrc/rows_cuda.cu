@@ -134,10 +134,10 @@ template <Divergence D, class S, class Out> void run_kl(const KlArguments& args,
 
 template <class S, class Out> void run_logprob(const LogProbArguments& args, uintptr_t stream) {
     auto work = work_on<S, Out>(args.logits, args.gradient);
-    work.tokens = args.tokens;
-    void* results[] = {args.logp, args.entropy, args.lse};
+    work.top = args.top, work.tokens = args.tokens;
+    void* side[] = {args.max, args.tail, args.moment};
     const void* upstream[] = {args.dlogp, args.dentropy, args.dlse};
-    for (int i = 0; i < 3; ++i) work.results[i] = (S*)results[i], work.upstream[i] = (const S*)upstream[i];
+    for (int i = 0; i < 3; ++i) work.side[i] = (S*)side[i], work.upstream[i] = (const S*)upstream[i];
     if constexpr (sizeof(S) == 4)
         if (fits_clusters(work) && launch_cluster(logprob_from_cluster<Out>, work, 1, stream)) return;
     launch_blocks(logprob_from_memory<S, Out>, work, stream);

@@ -34,11 +34,13 @@ struct KlArguments {
     void* value;  // (T, R)
 };
 
+// Statistics of each row, or from them the gradient of its log-probability, entropy and logsumexp.
 struct LogProbArguments {
     Logits logits;
-    const int64_t* tokens;  // (R,)
-    void *logp, *entropy, *lse;                  // (R,) results; null where a gradient is asked for
-    const void *dlogp, *dentropy, *dlse;         // (R,) upstream; null where results are
+    void *max, *tail, *moment;            // (R,), of rows.h: written, or read where a gradient is asked for
+    int64_t* top;                         // (R,), likewise
+    const int64_t* tokens;                // (R,), of the gradient
+    const void *dlogp, *dentropy, *dlse;  // (R,) upstream; null where there is none
     Gradient gradient;
 };
 

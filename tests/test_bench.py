@@ -20,7 +20,8 @@ CASES = {
     "routed_kl": {"op": "routed_kl", "T": 2},
     "mutual_kl": {"op": "mutual_kl", "T": 2},
     "logprob": {"op": "logprob"},
-    "logprob, logits kept": {"op": "logprob", "recompute": False},
+    "logprob, logits kept": {"op": "logprob", "shrink": (8, 64)},
+    "logprob, logits made again": {"op": "logprob", "shrink": (8, 64), "recompute": True},
     "logprob, forward": {"op": "logprob", "backward": False},
     "agreement": {"op": "agreement", "T": 2, "backward": False},
 }

@@ -5,8 +5,8 @@ CPUs and GPUs. z is (H, R, V) fp32 or fp64: the chunk's finished logits of every
 applied), contiguous. Per-token results are (R,) or (T, R) in z's dtype.
 
     softcap(z, cap) -> None, one head's unfinished (R, V) becoming cap * tanh(z / cap)
-    logprob(z, tokens) -> logp, entropy, lse
-    logprob_grad(z, tokens, dlogp, dentropy, dlse, cap, dlogits) -> None
+    logprob(z) -> Side, each row's statistics beside no other; `stats` makes log-probability, entropy and lse of them
+    logprob_grad(z, side, tokens, dlogp, dentropy, dlse, cap, dlogits) -> None
     kl(z, student, teachers, divergence, beta, weight=None, cap=None, dlogits=None) -> (T, R)
     overlap(z, student, teachers, k) -> (T, R)
 

@@ -6,20 +6,26 @@ import torch
 from torch import Tensor
 
 from .. import _C  # type: ignore[attr-defined]  # compiled
+from .stats import Side
 from .torch import overlap as torch_overlap
 
 # in the order of rows.h
 DIVERGENCES = ("reverse", "forward", "symmetric", "jsd")
 
 
-def logprob(z: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    logp, entropy, lse = (z.new_empty(z.shape[1]) for _ in range(3))
-    call_logprob(z, tokens, (logp, entropy, lse), None, None)
-    return logp, entropy, lse
+def logprob(z: Tensor) -> Side:
+    _, R, V = z.shape
+    max, tail, moment = (z.new_empty(R) for _ in range(3))
+    top = torch.empty(R, dtype=torch.int64, device=z.device)
+    side = [x.data_ptr() for x in (max, tail, moment)]
+    with torch.cuda.device_of(z):
+        _C.logprob(z.data_ptr(), name(z), R, V, side, top.data_ptr(), 0, [], *gradient(z, None, None), *place(z))
+    return Side(max, top, tail, torch.zeros_like(max), moment)
 
 
 def logprob_grad(
     z: Tensor,
+    side: Side,
     tokens: Tensor,
     dlogp: Tensor,
     dentropy: Tensor,
@@ -27,17 +33,23 @@ def logprob_grad(
     cap: float | None,
     dlogits: Tensor,
 ) -> None:
-    call_logprob(z, tokens, (dlogp, dentropy, dlse), cap, dlogits)
-
-
-def call_logprob(
-    z: Tensor, tokens: Tensor, numbers: tuple[Tensor, ...], cap: float | None, dlogits: Tensor | None
-) -> None:
-    tokens, dense = tokens.contiguous(), [x.contiguous() for x in numbers]
-    addresses = [x.data_ptr() for x in dense]
     _, R, V = z.shape
+    numbers = [x.contiguous() for x in (side.max, side.tail, side.moment, dlogp, dentropy, dlse)]
+    top, tokens = side.top.contiguous(), tokens.contiguous()
+    addresses = [x.data_ptr() for x in numbers]
     with torch.cuda.device_of(z):
-        _C.logprob(z.data_ptr(), name(z), R, V, tokens.data_ptr(), addresses, *gradient(z, cap, dlogits), *place(z))
+        _C.logprob(
+            z.data_ptr(),
+            name(z),
+            R,
+            V,
+            addresses[:3],
+            top.data_ptr(),
+            tokens.data_ptr(),
+            addresses[3:],
+            *gradient(z, cap, dlogits),
+            *place(z),
+        )
 
 
 def kl(

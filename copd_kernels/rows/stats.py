@@ -108,8 +108,9 @@ def divergence_from(divergence: str, student: Side, teacher: Side) -> Tensor:
     return excess(student, teacher) + excess(teacher, student) + 0 * gap
 
 
-def entropy(side: Side) -> Tensor:
-    return side.norm - side.mean
+def logprob(side: Side, logit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """log p of the token that has `logit`, entropy and logsumexp, from a row's statistics beside no other."""
+    return (logit - side.max) - side.norm, side.norm - side.mean, side.lse
 
 
 def logprob_at_top(side: Side, tokens: Tensor, dlogp: Tensor, dentropy: Tensor, dlse: Tensor) -> Tensor:

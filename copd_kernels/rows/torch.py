@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .stats import FAR, Side, divergence_from, entropy, kl_gradient, log_mix, logprob_at_top, norm_gap
+from .stats import FAR, Side, divergence_from, kl_gradient, log_mix, logprob_at_top, norm_gap
 
 # one block of rows of one array: what a CPU's cache holds several of; on a GPU, enough to fill it
 BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 25}
@@ -28,19 +28,13 @@ def blocks(z: Tensor, arrays: int) -> Iterator[tuple[slice, list[Tensor]]]:
         yield slice(start, stop), list(scratch[:, : stop - start])
 
 
-def logprob(z: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    logits = z[0]
-    logp, h, lse = (logits.new_empty(tokens.shape) for _ in range(3))
-    for rows, scratch in blocks(z, 2):
-        side = own_side(logits[rows], *scratch)
-        logp[rows] = (gathered(logits[rows], tokens[rows]) - side.max) - side.norm
-        h[rows] = entropy(side)
-        lse[rows] = side.lse
-    return logp, h, lse
+def logprob(z: Tensor) -> Side:
+    return Side(*map(torch.cat, zip(*(own_side(z[0, rows], *scratch) for rows, scratch in blocks(z, 2)), strict=True)))
 
 
 def logprob_grad(
     z: Tensor,
+    side: Side,
     tokens: Tensor,
     dlogp: Tensor,
     dentropy: Tensor,
@@ -51,14 +45,16 @@ def logprob_grad(
     """g_v = dlogp (1[v = token] - p_v) - dentropy p_v (log p_v + entropy) + dlse p_v, finite even where p_v = 0."""
     logits = z[0]
     for rows, (e, x) in blocks(z, 2):
-        side = own_side(logits[rows], e, x)
+        own = Side(*(numbers[rows] for numbers in side))
         token, dl, dh, dn = tokens[rows], dlogp[rows], dentropy[rows], dlse[rows]
+        torch.sub(logits[rows], column(own.max), out=x).clamp_(min=-FAR)
+        torch.exp(x, out=e)
         # log p_v + entropy = (z_v - max) - mean
-        g = x.sub_(column(side.mean)).mul_(column(-dh)).add_(column(dn - dl))
-        g.mul_(e).mul_(column(side.p_top))
-        at_top = logprob_at_top(side, token, dl, dh, dn)
+        g = x.sub_(column(own.mean)).mul_(column(-dh)).add_(column(dn - dl))
+        g.mul_(e).mul_(column(own.p_top))
+        at_top = logprob_at_top(own, token, dl, dh, dn)
         g.scatter_add_(1, column(token), column(dl))
-        g.scatter_(1, column(side.top), column(at_top))
+        g.scatter_(1, column(own.top), column(at_top))
         finish(g, logits[rows], cap, (dl == 0) & (dh == 0) & (dn == 0), dlogits[rows])
 
 

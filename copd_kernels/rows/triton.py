@@ -20,7 +20,7 @@ from .kernels import (
     _overlap_kernel,
     _softcap_kernel,
 )
-from .stats import Side, divergence_from, entropy, kl_gradient, log_mix, logprob_at_top, merge, norm_gap
+from .stats import Side, divergence_from, kl_gradient, log_mix, logprob_at_top, merge, norm_gap
 
 # one tile of logits: 16 fp32 a thread and tensor, four 16-byte loads
 TILE = 4096
@@ -34,13 +34,7 @@ HEAD_BITS = 5
 MAX_TEACHERS = 12
 
 
-def logprob(z: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    side = logprob_side(z)
-    chosen = z[0].gather(1, tokens.unsqueeze(1)).squeeze(1)
-    return (chosen - side.max) - side.norm, entropy(side), side.lse
-
-
-def logprob_side(z: Tensor) -> Side:
+def logprob(z: Tensor) -> Side:
     _, R, V = z.shape
     BLOCK, S, tiles = pieces(R, V, 1)
     m, tail, moment = (z.new_empty(R, S) for _ in range(3))
@@ -51,6 +45,7 @@ def logprob_side(z: Tensor) -> Side:
 
 def logprob_grad(
     z: Tensor,
+    side: Side,
     tokens: Tensor,
     dlogp: Tensor,
     dentropy: Tensor,
@@ -59,7 +54,6 @@ def logprob_grad(
     dlogits: Tensor,
 ) -> None:
     _, R, V = z.shape
-    side = logprob_side(z)
     at_top = logprob_at_top(side, tokens, dlogp, dentropy, dlse)
     BLOCK, S, tiles = pieces(R, V, 1)
     _logprob_grad_kernel[(R, S)](

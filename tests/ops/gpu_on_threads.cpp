@@ -69,12 +69,13 @@ void kl_as(const void* z, int heads, long R, long V, int student, const int* tea
 }
 
 template <class S>
-void logprob_as(const void* z, long R, long V, const int64_t* tokens, void* const* numbers, double cap, void* dlogits,
+void logprob_as(const void* z, long R, long V, void* const* side, int64_t* top,
+                const int64_t* tokens, void* const* upstream, double cap, void* dlogits,
                 int type, int clusters, long shared) {
     with_output<S>(type, [&](auto out) {
         auto work = work_on<S, decltype(out)>(z, R, V, cap, dlogits);
-        work.tokens = tokens;
-        for (int i = 0; i < 3; ++i) work.results[i] = (S*)numbers[i], work.upstream[i] = (const S*)numbers[i];
+        work.top = top, work.tokens = tokens;
+        for (int i = 0; i < 3; ++i) work.side[i] = (S*)side[i], work.upstream[i] = (const S*)upstream[i];
         run(work, 1, clusters, shared,
             [](auto& rows, auto& work, auto& scratch) { logprob_rows(rows, work, scratch); });
     });
@@ -98,15 +99,17 @@ void kl_double(const void* z, int heads, long R, long V, int student, const int*
     kl_as<double>(z, heads, R, V, student, teachers, T, divergence, beta, weight, cap, dlogits, type, value, clusters,
                   shared);
 }
-void logprob_float(const void* z, long R, long V, const int64_t* tokens, void* const* numbers, double cap,
+void logprob_float(const void* z, long R, long V, void* const* side, int64_t* top,
+                const int64_t* tokens, void* const* upstream, double cap,
                    void* dlogits, int type, int clusters, long shared) {
-    logprob_as<float>(z, R, V, tokens, numbers, cap, dlogits, type, clusters, shared);
+    logprob_as<float>(z, R, V, side, top, tokens, upstream, cap, dlogits, type, clusters, shared);
 }
 void softcap_float(float* z, long count, float cap) {
     emulated::launch(3, 1, THREADS, 0, [&](char*) { softcap_values(z, count, cap); });
 }
-void logprob_double(const void* z, long R, long V, const int64_t* tokens, void* const* numbers, double cap,
+void logprob_double(const void* z, long R, long V, void* const* side, int64_t* top,
+                const int64_t* tokens, void* const* upstream, double cap,
                     void* dlogits, int type, int clusters, long shared) {
-    logprob_as<double>(z, R, V, tokens, numbers, cap, dlogits, type, clusters, shared);
+    logprob_as<double>(z, R, V, side, top, tokens, upstream, cap, dlogits, type, clusters, shared);
 }
 }

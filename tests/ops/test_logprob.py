@@ -159,6 +159,7 @@ def test_no_token_gives_empty_results_and_zero_gradients():
         (ValueError, "tokens must be in 0..49 or -100; got -1", {"tokens": torch.full((5,), -1)}),
         (ValueError, "temperature must be positive; got -1", {"temperature": -1}),
         (ValueError, "workspace_bytes must be positive; got 0", {"workspace_bytes": 0}),
+        (ValueError, "recompute must be True, False or 'auto'; got 'never'", {"recompute": "never"}),
     ],
 )
 def test_bad_input_is_named(error, message, arguments):

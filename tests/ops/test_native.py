@@ -104,13 +104,12 @@ def test_cuda_rows_of_logprob_match_the_torch_rows(width):
     R, V = 5, WIDTHS[width]
     z, tokens, upstream = 3 * torch.randn(1, R, V), torch.randint(0, V, (R,)), torch.randn(3, R)
     z, tokens, upstream = z.cuda(), tokens.cuda(), upstream.cuda()
-    for got, want in zip(
-        rows.load("native").logprob(z, tokens), rows.load("torch").logprob(z.double(), tokens), strict=True
-    ):
-        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
+    side, exact = rows.load("native").logprob(z), rows.load("torch").logprob(z.double())
+    for got, want in zip(side, exact, strict=True):
+        torch.testing.assert_close(got.double(), want.double(), rtol=1e-5, atol=1e-6)
     got, wanted = torch.empty_like(z[0]), torch.empty_like(z[0], dtype=torch.float64)
-    rows.load("torch").logprob_grad(z.double(), tokens, *upstream.double(), None, wanted)
-    rows.load("native").logprob_grad(z, tokens, *upstream, None, got)
+    rows.load("torch").logprob_grad(z.double(), exact, tokens, *upstream.double(), None, wanted)
+    rows.load("native").logprob_grad(z, side, tokens, *upstream, None, got)
     assert relative(got, wanted) < 1e-5
 
 
@@ -128,9 +127,14 @@ def test_rows_reject_what_would_leave_memory():
         _C.kl(address, "float16", 2, 3, 5, 0, [1], 0, 0.5, 0, 0.0, 0, "float16", out, False, 1)
     with pytest.raises(ValueError, match="dlogits must have the logits' type"):
         _C.kl(address, "float32", 2, 3, 5, 0, [1], 0, 0.5, out, 0.0, address, "float64", out, False, 1)
-    tokens = torch.tensor([0, 5, 1])
+    tokens, top, zeros = torch.tensor([0, 5, 1]), torch.tensor([0, -2, 1]), torch.zeros(3, dtype=torch.int64)
+    gradient = (0.0, address, "float32", False, 1)
     with pytest.raises(ValueError, match=r"tokens must be in 0\.\.V-1"):
-        _C.logprob(address, "float32", 3, 5, tokens.data_ptr(), [out] * 3, 0.0, 0, "float32", False, 1)
+        _C.logprob(address, "float32", 3, 5, [out] * 3, tokens.data_ptr(), tokens.data_ptr(), [out] * 3, *gradient)
+    with pytest.raises(ValueError, match=r"top must be in -1\.\.V-1"):
+        _C.logprob(address, "float32", 3, 5, [out] * 3, top.data_ptr(), zeros.data_ptr(), [out] * 3, *gradient)
+    with pytest.raises(ValueError, match="statistics must not be null"):
+        _C.logprob(address, "float32", 3, 5, [out, 0, out], top.data_ptr(), 0, [], 0.0, 0, "float32", False, 1)
     with pytest.raises(ValueError, match=r"k must be in 1\.\.V"):
         _C.overlap(address, "float32", 2, 3, 5, 0, [1], 6, out, 1)
 

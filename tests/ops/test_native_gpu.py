@@ -128,21 +128,23 @@ def test_logprob_rows_match_the_torch_rows(gpu, reader):
     V, clusters, shared = READERS[reader]
     z, tokens = logits(1 + 1, 5, V)[:1].contiguous(), torch.randint(0, V, (5,))
     tokens[1] = 5
-    upstream = torch.randn(3, 5)
+    upstream, side = torch.randn(3, 5), torch.full((3, 5), torch.nan)
+    top = torch.full((5,), -7)
 
-    def run(numbers, dlogits):
-        pointers = (ctypes.c_void_p * 3)(*(x.data_ptr() for x in numbers))
+    def run(dlogits):
+        pointers = [(ctypes.c_void_p * 3)(*(x.data_ptr() for x in numbers)) for numbers in (side, upstream)]
         gpu.logprob_float(
-            address(z), ctypes.c_long(5), ctypes.c_long(V), address(tokens), pointers, ctypes.c_double(50.0),
-            address(dlogits), 0, clusters, ctypes.c_long(shared // 3),
+            address(z), ctypes.c_long(5), ctypes.c_long(V), pointers[0], address(top), address(tokens), pointers[1],
+            ctypes.c_double(50.0), address(dlogits), 0, clusters, ctypes.c_long(shared // 3),
         )  # fmt: skip
 
-    got = torch.full((3, 5), torch.nan)
-    run(got, None)
-    torch.testing.assert_close(got.double(), torch.stack(torch_rows.logprob(z.double(), tokens)), rtol=1e-5, atol=1e-6)
+    run(None)
+    exact = torch_rows.logprob(z.double())
+    torch.testing.assert_close(side.double(), torch.stack([exact.max, exact.tail, exact.moment]), rtol=1e-5, atol=1e-6)
+    assert torch.equal(top, exact.top)
     g, wanted = torch.full((5, V), torch.nan), torch.empty(5, V, dtype=torch.float64)
-    torch_rows.logprob_grad(z.double(), tokens, *upstream.double(), 50.0, wanted)
-    run(upstream, g)
+    torch_rows.logprob_grad(z.double(), exact, tokens, *upstream.double(), 50.0, wanted)
+    run(g)
     assert relative(g, wanted) < 1e-5
 
 

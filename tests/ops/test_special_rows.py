@@ -7,6 +7,7 @@ from kernel_cases import DIVERGENCES, RUNS, assert_as_good_as_torch, cast, gradi
 from copd_kernels import Head, kl, logprob
 from copd_kernels.reference import diverge
 from copd_kernels.rows import load
+from copd_kernels.rows.stats import logprob as logprob_from
 
 R, V, BAD = 3, 4100, 1
 
@@ -57,14 +58,15 @@ def test_a_row_that_is_no_distribution_has_no_log_probabilities(backend, device)
     for what in SPOILS:
         bad, g = z.clone(), torch.full_like(z[0], 7)
         spoil(bad[0, BAD], what)
-        for number in load(backend).logprob(bad, tokens):
+        side = load(backend).logprob(bad)
+        for number in logprob_from(side, bad[0].gather(1, tokens.unsqueeze(1)).squeeze(1)):
             assert number.isnan().tolist() == [r == BAD for r in range(R)], what
-        load(backend).logprob_grad(bad, tokens, *upstream, None, g)
+        load(backend).logprob_grad(bad, side, tokens, *upstream, None, g)
         assert g[BAD].isnan().all(), what
         assert g.isfinite().all(1).tolist() == [r != BAD for r in range(R)], what
         upstream_of_none = upstream.clone()
         upstream_of_none[:, BAD] = 0
-        load(backend).logprob_grad(bad, tokens, *upstream_of_none, 20.0, g)
+        load(backend).logprob_grad(bad, side, tokens, *upstream_of_none, 20.0, g)
         assert (g[BAD] == 0).all(), what
 
 
