@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from copd.schedule import OverlapConfig
-from copd.schema import require
+from copd.schema import at_least, require
 
 Method = Literal["copd", "expert", "mixed", "mopd", "independent"]
 
@@ -96,6 +96,15 @@ class DataConfig:
     fps: float = 2.0
     """frames a second of the frame folders, for the timestamps"""
 
+    def __post_init__(self) -> None:
+        at_least(self, "data.", max_prompt_tokens=1, max_frames=1, test_rows=0)
+        require(0 <= self.max_failed_rewards <= 1, "data.max_failed_rewards must be in [0, 1]", self.max_failed_rewards)
+        require(self.fps > 0, "data.fps must be above 0", self.fps)
+        weights, rewards = self.reward_weights, len(self.rewards)
+        require(rewards > 0, "data.rewards must name at least one reward", "none")
+        rule = f"data.reward_weights must be one for each of the {rewards} rewards"
+        require(weights is None or len(weights) == rewards, rule, weights)
+
 
 @dataclass(frozen=True)
 class BranchConfig:
@@ -123,8 +132,7 @@ class RolloutConfig:
     """prompts generated at once; None for all: lower it when the KV cache does not fit"""
 
     def __post_init__(self) -> None:
-        for name in ("prompts", "samples", "max_new_tokens"):
-            require(getattr(self, name) >= 1, f"rollout.{name} must be at least 1", getattr(self, name))
+        at_least(self, "rollout.", prompts=1, samples=1, max_new_tokens=1, chunk_prompts=1)
         require(self.temperature > 0, "rollout.temperature must be above 0", self.temperature)
 
 
@@ -142,6 +150,9 @@ class RLVRConfig:
     """added to that standard deviation"""
     updates_per_batch: int = 1
     """optimiser steps on each batch; the ratio leaves 1, and the clip acts, from the second one on"""
+
+    def __post_init__(self) -> None:
+        at_least(self, "rlvr.", clip_low=0, clip_high=0, advantage_eps=0, updates_per_batch=1)
 
 
 @dataclass(frozen=True)
@@ -172,6 +183,8 @@ class OPDConfig:
     """positions of each cross batch on which overlap and KL are logged"""
 
     def __post_init__(self) -> None:
+        at_least(self, "opd.", beta=0, delta_clamp=0, overlap_tokens=0)
+        require(0 <= self.jsd_beta <= 1, "opd.jsd_beta must be in [0, 1]", self.jsd_beta)
         weight = self.owner_weight
         require(weight is None or 0 <= weight <= 1, "opd.owner_weight must be in [0, 1]", weight)
 
@@ -224,6 +237,11 @@ class OptimConfig:
     max_grad_norm: float = 1.0
     """gradients are scaled down to this norm"""
 
+    def __post_init__(self) -> None:
+        at_least(self, "optim.", lr=0, eps=0, weight_decay=0, max_grad_norm=0)
+        two = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
+        require(two, "optim.betas must be two numbers in [0, 1)", self.betas)
+
 
 @dataclass(frozen=True)
 class EvalConfig:
@@ -243,6 +261,10 @@ class EvalConfig:
     """k of the top-k overlap"""
     shown: int = 4
     """samples of each model and domain kept for the report"""
+
+    def __post_init__(self) -> None:
+        at_least(self, "eval.", prompts=1, samples=1, curve_prompts=1, divergence_prompts=1, top_k=1)
+        at_least(self, "eval.", every=0, divergence_every=0, shown=0)
 
 
 @dataclass(frozen=True)
@@ -333,13 +355,9 @@ class Config:
         rule = "offload must be false with model.adapter, whose base no branch can leave"
         require(not (self.offload and self.model.adapter), rule, self.offload)
         require(self.hub in (None, *names), f"hub must be one of the branches {names}", repr(self.hub))
+        rule = "branches must have names that make folders, and not base, merged or overall"
         for name in names:
             free = re.fullmatch(r"\w[\w.-]*", name) and name not in ("base", "merged", "overall")
-            require(
-                bool(free), "branches must have names that make folders, and not base, merged or overall", repr(name)
-            )
-        for name in ("cycles", "rl_steps", "opd_steps", "checkpoint_every", "threads"):
-            require(getattr(self, name) >= 0, f"{name} must be at least 0", getattr(self, name))
-        for name in ("keep_checkpoints", "micro_batch_tokens", "mixed_steps", "mopd_steps"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"{name} must be at least 1", value)
+            require(bool(free), rule, repr(name))
+        at_least(self, cycles=0, rl_steps=0, opd_steps=0, checkpoint_every=0, threads=0)
+        at_least(self, keep_checkpoints=1, micro_batch_tokens=1, mixed_steps=1, mopd_steps=1)

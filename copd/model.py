@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from copd.config import ModelConfig
-from copd.processor import load_processor
+from copd.processor import load_processor, read_config
 from copd.task import Prompt
 
 # pixels and grid as the processor names them, and the id of the placeholder in the model's config
@@ -47,7 +47,7 @@ def load_saved(path: str | Path, **options: Any) -> tuple[PreTrainedModel, Any]:
 
         base, processor = load_saved(adapter.base_of(path), **options)
         return adapter.apply(base, path), processor
-    config = AutoConfig.from_pretrained(path)
+    config = read_config(path)
     if quantized := getattr(config, "quantization_config", None):
         method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
         raise ValueError(f"model: path must hold weights that are not quantised; got {method} in {path}")

@@ -17,10 +17,20 @@ from transformers.utils import cached_file, is_torchvision_available
 from transformers.video_utils import VideoMetadata
 
 
+def read_config(path: str | Path) -> Any:
+    """A checkpoint's configuration. Raises `ValueError` for a folder that is not there or not a checkpoint."""
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        rule = "model: path must be a folder written by save_pretrained, or a name on the Hub"
+        got = str(path) if Path(path).exists() else f"{path}, which is no folder"
+        raise ValueError(f"{rule}; got {got}: {str(error).splitlines()[0]}") from error
+
+
 def load_processor(path: str | Path) -> Any:
     """The processor of a checkpoint: the model's own, or its tokenizer where the checkpoint has no image processor."""
     path = str(path)
-    config = AutoConfig.from_pretrained(path)
+    config = read_config(path)
     if not hasattr(config, "vision_config") or not _settings(path):
         return AutoTokenizer.from_pretrained(path)
     if config.model_type.startswith("qwen3_vl") and not is_torchvision_available():

@@ -21,6 +21,13 @@ def require(holds: bool, rule: str, got: object) -> None:
         raise ValueError(f"config: {rule}; got {got}")
 
 
+def at_least(settings: object, prefix: str = "", **least: float) -> None:
+    """The rule most numbers have."""
+    for name, low in least.items():
+        value = getattr(settings, name)
+        require(value is None or value >= low, f"{prefix}{name} must be at least {low}", value)
+
+
 def load(schema: type[Schema], source: str | Path | dict[str, Any] | None, overrides: Sequence[str] = ()) -> Schema:
     """A `schema` from a YAML file (or its tree; None for the defaults) with `key=value` overrides laid over it.
 

@@ -40,6 +40,66 @@ def test_a_wrong_argument_ends_with_a_message(capsys, arguments, message):
     assert re.search(message, capsys.readouterr().err)
 
 
+DATA = str(CONFIGS.parent / "examples" / "text.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["report", "/nowhere"], "report: directory must hold a results.json; got none below /nowhere"),
+        (["train", "branches.a.task=x"], "config: branches.a.task must be one of .*; got 'x'"),
+        (["train", "branches.a.task=data", "branches.a.data.path=x.jsonl"], "got 'x.jsonl', which does not exist"),
+        (
+            ["train", "branches.a.task=arithmetic", "model.path=/no/model"],
+            "model: path must be a folder .*, which is",
+        ),
+        (
+            ["eval", "/no", "--config", str(CONFIGS / "smoke.yaml")],
+            "model: path must .*; got /no, which is no",
+        ),
+        (["merge", "/a", "/b", "--out", "/c"], "model: path must be a folder written by save_pretrained"),
+    ],
+)
+def test_a_users_mistake_is_one_sentence_and_no_traceback(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(SystemExit, match=f"^copd: .*{message}[^\n]*$"):
+        cli.main(arguments)
+    monkeypatch.setenv("COPD_DEBUG", "1")
+    with pytest.raises((ValueError, OSError), match=message):
+        cli.main(arguments)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["path=no.jsonl"], "which does not exist"),
+        (
+            [f"path={DATA}", "test_rows=2", "prompt_column=problem"],
+            "problem must be text or a list of messages; got None",
+        ),
+        ([f"path={DATA}", "rewards=[exact]"], "rewards: name must be one of"),
+        (
+            [f"path={DATA}", "test_rows=2", "rewards=[json:load]"],
+            "row must have the columns .*; got no fp",
+        ),
+        ([f"path={DATA}", "test_rows=2", "fps=0"], "data.fps must be above 0"),
+    ],
+)
+def test_a_dry_run_finds_what_the_run_would(capsys, settings, message):
+    lines = ["branches.a.task=data", *(f"branches.a.data.{setting}" for setting in settings)]
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train", "--dry-run", *lines])
+    assert re.search(message, f"{ended.value} {capsys.readouterr().err}")
+
+
+def test_a_dry_run_finds_a_tracker_that_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="report_to must name installed packages; got trackio"):
+        cli.main(["train", "--config", str(CONFIGS / "smoke.yaml"), "--dry-run", "report_to=[trackio]"])
+
+
 def test_an_unknown_command_names_the_known_ones(capsys):
     with pytest.raises(SystemExit):
         cli.main(["fit"])

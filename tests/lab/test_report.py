@@ -263,3 +263,55 @@ def test_a_logarithmic_axis_spans_the_values_whatever_their_error(monkeypatch):
     low, high = figures.lines([[figures.Panel("KL", [line], log=True)]], 2.0).axes[0].get_ylim()
     assert 0.01 < low < 0.025
     assert 0.9 < high < 2
+
+
+def rescaled(run, scale, shift):
+    """The same run with rewards that are no longer right or wrong."""
+    for record in [*run["eval"], *(r for domains in run["final"].values() for r in domains.values())]:
+        record["reward"] = scale * record.pop("accuracy") + shift
+    return run
+
+
+@pytest.mark.parametrize(("scale", "shift", "base"), [(3.0, 1.0, "2.5 ± 0"), (1.0, -5.0, "-4.5 ± 0")])
+def test_rewards_that_are_no_shares_are_shown_as_they_are(tmp_path, scale, shift, base):
+    report.write(save(tmp_path, *(rescaled(run, scale, shift) for run in study())))
+    text = (tmp_path / "results.md").read_text()
+    assert cells(text, "base")[:4] == [base] * 4
+    assert "## Final reward" in text
+    assert "accuracy" not in text.replace("accuracy.svg", "").lower()
+    assert "in %" not in text
+    bars = (tmp_path / "figures" / "k3-final.svg").read_text()
+    assert ">reward<" in bars
+    assert "accuracy" not in bars
+    assert f">{scale * 0.5 + shift:g}<".replace("-", "\u2212") in bars or f">{scale * 0.5 + shift:g}<" in bars
+
+
+def test_an_accuracy_and_a_reward_of_zeros_and_ones_are_the_same_report(tmp_path):
+    named = study()
+    for run in named:
+        for record in [*run["eval"], *(r for domains in run["final"].values() for r in domains.values())]:
+            record["reward"] = record["accuracy"]
+    report.write(save(tmp_path / "a" / "s", *named))
+    report.write(save(tmp_path / "b" / "s", *study()))
+    one, other = ((tmp_path / name / "s" / "results.md").read_text() for name in "ab")
+    assert one == other
+
+
+def test_runs_moved_aside_are_not_reported(tmp_path):
+    report.write(save(tmp_path, *study(seeds=[0])))
+    text = (tmp_path / "results.md").read_text()
+    aside = tmp_path / "k3" / "copd-seed0.old-1"
+    aside.mkdir()
+    (aside / "results.json").write_text((tmp_path / "k3" / "copd-seed0" / "results.json").read_text())
+    report.write(tmp_path)
+    assert (tmp_path / "results.md").read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [('{"method"', "results.json must be JSON"), ('{"method": "grpo", "name": "x"}', "results of 'x' must be a run's")],
+)
+def test_a_file_that_is_no_result_is_named(tmp_path, text, message):
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        report.write(tmp_path)

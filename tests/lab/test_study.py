@@ -1,13 +1,17 @@
 """Studies: each run in its process, continued, stopped."""
 
+import json
+import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from copd import schema
+from copd import checkpoint, files, schema
 from copd.lab import study
 from copd.lab.config import LabConfig
 from copd.train.interrupts import Interrupts
@@ -78,3 +82,53 @@ def test_ctrl_c_starts_no_further_run(tmp_path, monkeypatch):
     finally:
         signal.signal(signal.SIGINT, before)
     assert calls == ["independent-seed0", "copd-seed0"]
+
+
+TINY = """
+common: {{cycles: {cycles}, rl_steps: 1, opd_steps: 0, threads: 1, model: {{hidden_size: 32, layers: 1}},
+         rollout: {{prompts: 2, samples: 2, max_new_tokens: 4}}, eval: {{prompts: 2, samples: 1}}}}
+variants: {{tiny: {{branches: {{text: {{task: {task}, data: {{path: gone.jsonl}}}}}}}}}}
+methods: [independent, mixed]
+"""
+
+
+def start_study(folder, cycles, task):
+    (folder / "study.yaml").write_text(TINY.format(cycles=cycles, task=task))
+    command = [sys.executable, "-m", "copd", "study", "--config", "study.yaml", f"output_dir={folder / 'study'}"]
+    environment = os.environ | {"PYTHONPATH": str(CONFIGS.parent), "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=folder, text=True, env=environment, **pipes)
+
+
+def test_a_study_passes_a_signal_on_and_waits_for_its_runs(tmp_path):
+    child = start_study(tmp_path, 10**6, "arithmetic")
+    run = tmp_path / "study" / "tiny" / "independent-seed0"
+    for _ in range(1200):
+        if (run / "metrics.jsonl").exists() and '"train"' in (run / "metrics.jsonl").read_text():
+            break
+        time.sleep(0.1)
+    child.send_signal(signal.SIGTERM)
+    child.communicate(timeout=120)
+    assert child.returncode == 130
+    assert len(checkpoint.found(run)) == 1
+    with files.lock(run):  # nobody works on it any more
+        assert not (run.parent / "mixed-seed0").exists()
+
+
+def test_a_study_whose_runs_all_fail_lists_them_with_the_end_of_their_logs(tmp_path):
+    child = start_study(tmp_path, 1, "data")
+    _, said = child.communicate(timeout=120)
+    assert child.returncode == 1
+    assert "study: failed:" in said
+    assert "independent-seed0.log):" in said
+    assert "got 'gone.jsonl', which does not exist" in said
+    assert "Traceback" not in said
+    assert "mixed-seed0.log):\n    did not start" in said
+
+
+def test_what_a_restart_left_aside_and_a_cut_off_line_are_passed_over(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    record = {"kind": "train", "step": 3, "phase": "rl", "reward": 0.5, "tokens_per_s": 10.0}
+    (run / "metrics.jsonl").write_text(json.dumps(record) + "\n" + '{"kind": "tr')
+    assert study.progress(tmp_path / "run.yaml") == "step 3, rl, reward 0.50, 10 tokens/s"

@@ -42,6 +42,20 @@ def test_every_field_has_a_line_of_documentation(module):
         ("rollout.samples=0", "rollout.samples must be at least 1; got 0"),
         ("rollout.temperature=0", "rollout.temperature must be above 0; got 0.0"),
         ("merge.density=0", r"merge.density must be in \(0, 1\]; got 0.0"),
+        ("optim.lr=-1", "optim.lr must be at least 0; got -1.0"),
+        ("optim.betas=[0.9]", r"optim.betas must be two numbers in \[0, 1\); got \[0.9\]"),
+        ("eval.prompts=0", "eval.prompts must be at least 1; got 0"),
+        ("rlvr.updates_per_batch=0", "rlvr.updates_per_batch must be at least 1; got 0"),
+        ("opd.jsd_beta=2", r"opd.jsd_beta must be in \[0, 1\]; got 2.0"),
+        ("branches.text.data.fps=0", "data.fps must be above 0; got 0.0"),
+        ("branches.text.data.rewards=[]", "data.rewards must name at least one reward; got none"),
+        ("branches.text.data.reward_weights=[1,2]", r"data.reward_weights must be one for each of the 1 .* got \[1.0"),
+        ("keep_checkpoints=0", "keep_checkpoints must be at least 1; got 0"),
+        ("micro_batch_tokens=0", "micro_batch_tokens must be at least 1; got 0"),
+        *(
+            (f"branches.{name}.task=count", f"branches must have names that make folders.*; got '{name}'")
+            for name in ("base", "merged", "overall", "a/b", "-a", "a b")
+        ),
         ("cycles=-1", "cycles must be at least 0; got -1"),
         ("cycles", "an override must have the form key=value; got 'cycles'"),
     ],
