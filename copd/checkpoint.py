@@ -34,6 +34,8 @@ def identity(cfg: Config) -> dict[str, Any]:
     free = PLACE | KEPT | LENGTH | ROOM
     if cfg.method != "copd":  # whose phases do not alternate
         free |= {"rl_steps", "opd_steps"}
+    if cfg.consolidate.steps:  # the merged model learns
+        free -= {"merge"}
     found: dict[str, Any] = {}
 
     def walk(prefix: str, value: Any) -> None:

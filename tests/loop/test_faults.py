@@ -149,13 +149,14 @@ def test_a_resumed_run_may_change_what_cannot_change_its_weights(tmp_path, chang
         ("rl_steps=2", "rl_steps 2 after 1"),
         ("rlvr.clip_low=0.1", "rlvr.clip_low 0.1 after 0.2"),
         ("opd.branch_beta={text: 2}", "opd.branch_beta"),
+        ("merge.scale=2", "merge.scale 2.0 after 1.0"),
         ("branches.video.task=motion", "branches.video.task 'motion' after None"),
     ],
 )
 def test_what_changes_the_weights_is_refused_by_name(tmp_path, change, named):
-    saved = checkpoint.identity(make_config(tmp_path))
+    saved = checkpoint.identity(make_config(tmp_path, "consolidate.steps=1"))
     with pytest.raises(ValueError, match=f"resume: config must be the one of here; got .*{named}"):
-        checkpoint.same(saved, make_config(tmp_path, change), "here")
+        checkpoint.same(saved, make_config(tmp_path, "consolidate.steps=1", change), "here")
 
 
 def test_more_cycles_extend_a_finished_run(tmp_path):
