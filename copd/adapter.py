@@ -175,10 +175,10 @@ class Adapter:
             parameter.copy_(state[name])
 
     def save(self, folder: Path) -> None:
-        """A folder that `peft` and vLLM load; the file's metadata tell its base from others of the same name."""
+        """A folder that `peft` loads, in the format that vLLM reads; its metadata tell its base from others."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        # without the flag peft asks a server whether the vocabulary is the base's
+        # but for the flag peft would ask a server whether the vocabulary is the base's
         state = get_peft_model_state_dict(self.model, adapter_name=self.key, save_embedding_layers=False)
         tensors = {PREFIX + name: tensor.contiguous() for name, tensor in state.items()}
         save_file(tensors, folder / WEIGHTS_FILE, {"format": "pt", "base": fingerprint(self.model)})
@@ -198,11 +198,12 @@ class Adapter:
         try:
             adapter = cls(model, name, config, trained=trained)
             state = load_peft_weights(str(folder), device="cpu")
-            odd = cast(Any, set_peft_model_state_dict(model, state, adapter.key)).unexpected_keys
+            found = cast(Any, set_peft_model_state_dict(model, state, adapter.key))
         except (KeyError, RuntimeError, ValueError) as error:
             raise ValueError(f"adapter: weights in {folder} must fit their base; got {error}") from error
-        if odd:
-            raise ValueError(f"adapter: weights in {folder} must fit their base; got {odd[0]} besides")
+        absent = [key for key in found.missing_keys if f".{adapter.key}." in f"{key}."]
+        if odd := [*found.unexpected_keys, *absent]:
+            raise ValueError(f"adapter: weights in {folder} must fit their base; got a difference in {odd[0]}")
         return adapter
 
     def deltas(self) -> dict[str, Callable[[], Tensor]]:

@@ -131,7 +131,8 @@ class Run:
         if self.cfg.experts is None:
             inner = replace(self.cfg, method="expert", name=f"{self.cfg.name}/experts")
             if not (inner.run_dir / "results.json").exists():
-                run(inner, lambda *_: (self._copy(), self.processor, self.tasks))
+                base = self.base if self.lora is None else self._copy()  # an inner run puts adapters on it
+                run(inner, lambda *_: (base, self.processor, self.tasks))
         folder = Path(self.cfg.experts or self.cfg.run_dir / "experts") / f"branch-{name}"
         if not folder.exists():
             raise ValueError(f"config: experts must hold a finished run's branches; got no {folder}")

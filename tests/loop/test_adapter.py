@@ -12,14 +12,15 @@ import torch
 from copd_cases import CPU, TASKS, make_config, make_run, reward_longer, run, same
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
 from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from copd import checkpoint, config
+from copd import checkpoint, schema
 from copd.adapter import Adapter, bare, lora_config
 from copd.branch import Branch
 from copd.coevolve import Plan, coevolve
-from copd.config import AdapterConfig, ModelConfig
+from copd.config import AdapterConfig, Config, ModelConfig
 from copd.lab.tasks import vocabulary
 from copd.lab.tiny import build_tiny
 from copd.model import load_saved
@@ -214,11 +215,11 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_k_branches_cost_the_base_and_sixteen_bytes_an_adapter_weight(tmp_path, size, monkeypatch):
-    """Counted while the last of three learns, its gradients there: weights, gradients and AdamW's moments, fp32."""
+@pytest.mark.parametrize(("size", "dtype"), [("tiny", "float32"), ("30M", "float32"), ("30M", "bfloat16")])
+def test_k_branches_cost_the_base_and_sixteen_bytes_an_adapter_weight(tmp_path, size, dtype, monkeypatch):
+    """Counted while the last of three learns: weights, gradients, AdamW's moments and, for bf16, fp32 masters."""
     small = ("rollout.prompts=1", "rollout.samples=2", "rollout.max_new_tokens=2", "model.freeze_vision=true")
-    cfg = make_config(tmp_path, *SIZES[size], *small)
+    cfg = make_config(tmp_path, *SIZES[size], *small, f"model.dtype={dtype}")
     nothing = live_bytes()
     plan = make_plan(cfg, ("first", "second", "third"), ["rl", "rl"], "text")
     steps = coevolve(plan)
@@ -229,8 +230,9 @@ def test_k_branches_cost_the_base_and_sixteen_bytes_an_adapter_weight(tmp_path, 
     seen, step = [], last.optimizer.step
     monkeypatch.setattr(last.optimizer, "step", lambda: (seen.append(live_bytes() - nothing), step()))
     next(steps)
+    width = {"float32": 4, "bfloat16": 2}[dtype]
     assert parameters > {"tiny": 4e5, "30M": 2.5e7}[size]
-    assert seen[0] == pytest.approx(4 * parameters + 3 * 16 * adapter, rel=0.05)
+    assert seen[0] == pytest.approx(width * parameters + 3 * 16 * adapter, rel=0.05)
 
 
 def test_the_log_states_the_memory_of_base_and_adapters(tmp_path, caplog):
@@ -323,6 +325,45 @@ def test_a_run_of_adapters_resumes_bit_for_bit(tmp_path, monkeypatch):
     assert resumed["samples"] == whole["samples"]
 
 
+def test_activation_checkpointing_gives_the_same_gradient(tmp_path):
+    updated = []
+    for flag in ("false", "true"):
+        cfg = make_config(tmp_path, *LORA, "model.adapter.dropout=0.2", f"model.activation_checkpointing={flag}")
+        base = make_base(cfg)
+        branch = make_branch(cfg, base, lora_config(base, cfg.model), "image")
+        for step in range(2):
+            branch.learn([branch.native_batch(step)])
+        updated.append(weights(branch))
+    for name, value in updated[0].items():
+        torch.testing.assert_close(updated[1][name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("dropout", "differs"), [(0.5, True), (0.0, False)])
+def test_dropout_is_on_while_learning_and_off_for_teaching(tmp_path, dropout, differs):
+    cfg = make_config(tmp_path, *LORA, f"model.adapter.dropout={dropout}")
+    base = make_base(cfg)
+    student = make_branch(cfg, base, lora_config(base, cfg.model))
+    moved(student.weights)
+    batch = student.native_batch(0)
+    before, again = (student.score(batch.rollout).logp[0] for _ in range(2))
+    assert torch.equal(before, again)
+    student.learn([batch])
+    assert (not torch.allclose(batch.logp_old[0], before, atol=1e-4)) == differs
+
+
+def test_adapters_and_whole_models_share_one_warm_start(tmp_path):
+    small = ("warmstart.clean_steps=1", "warmstart.slip_steps=1", "warmstart.batch=2")
+    make_run(make_config(tmp_path, *small))
+    make_run(make_config(tmp_path, *small, *LORA))
+    assert len([path for path in (tmp_path / "warmstart").iterdir() if path.is_dir()]) == 1
+
+
+def test_the_log_states_the_peak_at_the_end(tmp_path, caplog):
+    with caplog.at_level("INFO", logger="copd"):
+        run(make_config(tmp_path, *LORA))
+    assert any(re.match(r"peak memory: [\d.]+ MiB on cpu", message) for message in caplog.messages)
+
+
 def targets_of(cfg):
     return lora_config(make_base(cfg), cfg.model).target_modules
 
@@ -390,7 +431,7 @@ def test_the_sizes_that_the_config_of_one_gpu_reckons_with():
             Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True)
         )
     model.tie_weights()
-    cfg = config.load(Path(__file__).parents[2] / "configs" / "qwen3_vl_4b_lora.yaml")
+    cfg = schema.load(Config, Path(__file__).parents[2] / "configs" / "qwen3_vl_4b_lora.yaml")
     linear = [model.get_submodule(name) for name in lora_config(model, cfg.model).target_modules]
     adapter = cfg.model.adapter.rank * sum(layer.in_features + layer.out_features for layer in linear)
     assert round(sum(p.numel() for p in model.parameters()) / 1e9, 2) == 4.44
@@ -419,6 +460,30 @@ def test_an_adapter_of_other_sizes_is_refused(tmp_path):
     config.write_text(re.sub('"r": 4', '"r": 5', config.read_text()))
     with pytest.raises(ValueError, match=r"adapter: weights in .*text must fit their base"):
         Adapter.load(bare(base), tmp_path / "text", "text")
+
+
+@pytest.mark.parametrize("change", ["absent", "besides"])
+def test_an_adapter_with_a_tensor_too_few_or_too_many_is_refused(tmp_path, change):
+    cfg = make_config(tmp_path, *LORA)
+    base = make_base(cfg)
+    Adapter(base, "text", lora_config(base, cfg.model)).save(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = next(iter(tensors))
+    tensors |= {name.replace("lora_A", "lora_C"): tensors[name].clone()} if change == "besides" else {}
+    save_file({key: value for key, value in tensors.items() if change == "besides" or key != name}, path)
+    with pytest.raises(ValueError, match=r"adapter: weights in .* must fit their base; got a difference in"):
+        Adapter.load(bare(base), tmp_path, "text")
+
+
+def test_an_adapter_that_is_not_plain_lora_is_refused(tmp_path):
+    cfg = make_config(tmp_path, *LORA)
+    base = make_base(cfg)
+    Adapter(base, "text", lora_config(base, cfg.model)).save(tmp_path)
+    config = tmp_path / "adapter_config.json"
+    config.write_text(config.read_text().replace('"use_dora": false', '"use_dora": true'))
+    with pytest.raises(ValueError, match=r"adapter: .* must hold plain LoRA weights"):
+        Adapter.load(bare(base), tmp_path, "text")
 
 
 def test_a_quantised_base_is_refused(tmp_path):
