@@ -41,9 +41,8 @@ def agreement_op(
         z = space.logits(chunk)
         for head, out in zip(heads, z, strict=True):
             head.project(head.read(chunk, None), out, rows)
-        outputs[0][:, chunk] = rows.overlap(z, 0, teachers, k)
-        outputs[1][:, chunk] = rows.kl(z, 0, teachers, "forward", 0.5)
-        outputs[2][:, chunk] = rows.kl(z, 0, teachers, "reverse", 0.5)
+        for output, result in zip(outputs, rows.agreement(z, 0, teachers, k), strict=True):
+            output[:, chunk] = result
     overlap, forward_kl, reverse_kl = outputs
     return overlap, forward_kl, reverse_kl
 

@@ -149,15 +149,17 @@ void logprob(uintptr_t z, const std::string& type, int64_t R, int64_t V, const s
     call(on_cuda, place, args, &CpuRows::logprob, logprob_kernel);
 }
 
-void overlap(uintptr_t z, const std::string& type, int heads, int64_t R, int64_t V, int student,
-             const std::vector<int>& teachers, int64_t k, uintptr_t value, int threads) {
+void agreement(uintptr_t z, const std::string& type, int heads, int64_t R, int64_t V, int student,
+               const std::vector<int>& teachers, int64_t k, uintptr_t overlap, uintptr_t forward, uintptr_t reverse,
+               int threads) {
     Logits logits = logits_of(z, type, heads, R, V);
     check_heads(logits, student, teachers);
     require(k > 0 && k <= V, "k must be in 1..V");
-    require(R == 0 || value, "value must not be null");
-    OverlapArguments args{logits, student, teachers.data(), (int)teachers.size(), k, (void*)value};
+    require(R == 0 || (overlap && forward && reverse), "results must not be null");
+    AgreementArguments args{logits, student, teachers.data(), (int)teachers.size(), k,
+                            (void*)overlap, (void*)forward, (void*)reverse};
     py::gil_scoped_release release;
-    cpu().second->overlap(args, threads);
+    cpu().second->agreement(args, threads);
 }
 
 void softcap(uintptr_t z, const std::string& type, int64_t R, int64_t V, double cap, bool on_cuda, uintptr_t place) {
@@ -174,6 +176,6 @@ PYBIND11_MODULE(_C, m) {
     m.def("isa", [] { return copd::cpu().first; });
     m.def("kl", &copd::kl);
     m.def("logprob", &copd::logprob);
-    m.def("overlap", &copd::overlap);
+    m.def("agreement", &copd::agreement);
     m.def("softcap", &copd::softcap);
 }

@@ -277,7 +277,8 @@ template <class S> int64_t top_k(const S* row, int64_t V, int64_t k, Entry<S>* h
     return size;
 }
 
-template <class S> void overlap_of(const OverlapArguments& args, int threads) {
+// The largest k and both divergences while a row of each head is at hand.
+template <class S> void agreement_of(const AgreementArguments& args, int threads) {
     const auto [z, type, heads, R, V] = args.logits;
     const int64_t k = args.k;
     std::unique_ptr<Entry<S>[]> heaps(new Entry<S>[threads * 2 * k]);
@@ -296,7 +297,12 @@ template <class S> void overlap_of(const OverlapArguments& args, int threads) {
                     a += left <= right;
                     b += right <= left;
                 }
-                ((S*)args.value)[j * R + r] = S(common) / S(k);
+                Pair<S> pair;
+                measure<true, true>(row_of(args.student), row_of(args.teachers[j]), V, pair);
+                prepare(Divergence::symmetric, Mixture<S>(), pair);
+                ((S*)args.overlap)[j * R + r] = S(common) / S(k);
+                ((S*)args.forward)[j * R + r] = value(Divergence::forward, pair);
+                ((S*)args.reverse)[j * R + r] = value(Divergence::reverse, pair);
             }
         }
     }
@@ -330,9 +336,9 @@ void logprob(const LogProbArguments& args, int threads) {
     args.logits.type == Type::float64 ? logprob_of<double>(args, threads) : logprob_of<float>(args, threads);
 }
 
-void overlap(const OverlapArguments& args, int threads) {
+void agreement(const AgreementArguments& args, int threads) {
     threads = threads_for(1 + args.T, args.logits, threads);
-    args.logits.type == Type::float64 ? overlap_of<double>(args, threads) : overlap_of<float>(args, threads);
+    args.logits.type == Type::float64 ? agreement_of<double>(args, threads) : agreement_of<float>(args, threads);
 }
 
 void softcap(const SoftcapArguments& args, int threads) {
@@ -343,6 +349,6 @@ void softcap(const SoftcapArguments& args, int threads) {
 }  // namespace
 
 extern const CpuRows rows;
-const CpuRows rows{kl, logprob, overlap, softcap};
+const CpuRows rows{kl, logprob, agreement, softcap};
 
 }  // namespace copd::COPD_ISA

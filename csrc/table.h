@@ -44,13 +44,13 @@ struct LogProbArguments {
     Gradient gradient;
 };
 
-struct OverlapArguments {
+struct AgreementArguments {
     Logits logits;
     int student;
     const int* teachers;
     int T;
     int64_t k;
-    void* value;  // (T, R)
+    void *overlap, *forward, *reverse;  // (T, R)
 };
 
 // Logits that become cap tanh(z / cap) where they are.
@@ -62,7 +62,7 @@ struct SoftcapArguments {
 struct CpuRows {
     void (*kl)(const KlArguments&, int threads);
     void (*logprob)(const LogProbArguments&, int threads);
-    void (*overlap)(const OverlapArguments&, int threads);
+    void (*agreement)(const AgreementArguments&, int threads);
     void (*softcap)(const SoftcapArguments&, int threads);
 };
 

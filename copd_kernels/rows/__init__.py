@@ -8,7 +8,7 @@ applied), contiguous. Per-token results are (R,) or (T, R) in z's dtype.
     logprob(z) -> Side, each row's statistics beside no other; `stats` makes log-probability, entropy and lse of them
     logprob_grad(z, side, tokens, dlogp, dentropy, dlse, cap, dlogits) -> None
     kl(z, student, teachers, divergence, beta, weight=None, cap=None, dlogits=None) -> (T, R)
-    overlap(z, student, teachers, k) -> (T, R)
+    agreement(z, student, teachers, k) -> overlap of the k largest, forward and reverse KL, (T, R) each
 
 `student` and `teachers` index the heads. `dlogits` (R, V), in the dtype the GEMM reads, receives the gradient with
 respect to hidden @ lm_head.T + bias over alpha; it may be the student's own logits, which are then overwritten.

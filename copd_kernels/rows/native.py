@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import _C  # type: ignore[attr-defined]  # compiled
 from .stats import Side
-from .torch import overlap as torch_overlap
+from .torch import overlap
 
 # in the order of rows.h
 DIVERGENCES = ("reverse", "forward", "symmetric", "jsd")
@@ -84,12 +84,14 @@ def kl(
     return value
 
 
-def overlap(z: Tensor, student: int, teachers: list[int], k: int) -> Tensor:
+def agreement(z: Tensor, student: int, teachers: list[int], k: int) -> tuple[Tensor, Tensor, Tensor]:
     if z.is_cuda:
-        return torch_overlap(z, student, teachers, k)
-    value = z.new_empty(len(teachers), z.shape[1])
-    _C.overlap(z.data_ptr(), name(z), *z.shape, student, teachers, k, value.data_ptr(), torch.get_num_threads())
-    return value
+        forward, reverse = (kl(z, student, teachers, divergence, 0.5) for divergence in ("forward", "reverse"))
+        return overlap(z, student, teachers, k), forward, reverse
+    common, forward, reverse = (z.new_empty(len(teachers), z.shape[1]) for _ in range(3))
+    addresses = (x.data_ptr() for x in (common, forward, reverse))
+    _C.agreement(z.data_ptr(), name(z), *z.shape, student, teachers, k, *addresses, torch.get_num_threads())
+    return common, forward, reverse
 
 
 def softcap(z: Tensor, cap: float) -> None:

@@ -168,6 +168,11 @@ def _jsd(
     return value, g.scatter_(1, column(top), column(at_top))
 
 
+def agreement(z: Tensor, student: int, teachers: list[int], k: int) -> tuple[Tensor, Tensor, Tensor]:
+    forward, reverse = (kl(z, student, teachers, divergence, 0.5) for divergence in ("forward", "reverse"))
+    return overlap(z, student, teachers, k), forward, reverse
+
+
 def overlap(z: Tensor, student: int, teachers: list[int], k: int) -> Tensor:
     value = z.new_empty(len(teachers), z.shape[1])
     for rows, _ in blocks(z, 0):

@@ -77,16 +77,8 @@ def logprob_grad(
     )
 
 
-def kl(
-    z: Tensor,
-    student: int,
-    teachers: list[int],
-    divergence: str,
-    beta: float,
-    weight: Tensor | None = None,
-    cap: float | None = None,
-    dlogits: Tensor | None = None,
-) -> Tensor:
+def sides(z: Tensor, student: int, teachers: list[int]) -> tuple[Side, Side, tuple[int, ...], int, dict[str, int]]:
+    """The student beside each teacher and each teacher beside the student, (T, R); and how a kernel goes over them."""
     _, R, V = z.shape
     T = len(teachers)
     BLOCK, S, tiles = pieces(R, V, T)
@@ -103,7 +95,22 @@ def kl(
     t_cross = z[student].expand(T, R, V).gather(2, t_top)
     s = merge(Side(m, top, tail, cross, moment)).distribution()
     t = merge(Side(t_m, t_top, t_tail, t_cross, t_moment)).distribution()
+    return s, t, place, tiles, shape
 
+
+def kl(
+    z: Tensor,
+    student: int,
+    teachers: list[int],
+    divergence: str,
+    beta: float,
+    weight: Tensor | None = None,
+    cap: float | None = None,
+    dlogits: Tensor | None = None,
+) -> Tensor:
+    s, t, place, tiles, shape = sides(z, student, teachers)
+    T, R = t.tail.shape
+    S = -(-z.shape[2] // (tiles * shape["BLOCK"]))
     shares, one_sided = (number(z, beta), number(z, 1 - beta)), not 0.1 <= beta <= 0.9
     mean, offset, gap = s.mean, s.max - s.cross, norm_gap(s, t).contiguous()
     if divergence == "jsd":
@@ -147,6 +154,12 @@ def kl(
         **shape,
     )
     return value
+
+
+def agreement(z: Tensor, student: int, teachers: list[int], k: int) -> tuple[Tensor, Tensor, Tensor]:
+    s, t, *_ = sides(z, student, teachers)
+    common = overlap(z, student, teachers, k)
+    return common, divergence_from("forward", s, t), divergence_from("reverse", s, t)
 
 
 def overlap(z: Tensor, student: int, teachers: list[int], k: int) -> Tensor:

@@ -16,7 +16,7 @@ from copd_kernels.rows import BACKENDS, missing
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-KERNEL_TESTS = ["test_kl.py", "test_logprob.py", "test_mutual_kl.py", "test_agreement.py"]
+KERNEL_TESTS = ["test_kl.py", "test_logprob.py", "test_mutual_kl.py", "test_agreement.py", "test_special_rows.py"]
 built = importlib.util.find_spec("copd_kernels._C") is not None
 needs_build = pytest.mark.skipif(not built, reason="csrc/ is not built")
 
@@ -65,7 +65,7 @@ def test_the_cpu_rows_are_clean_under_sanitizers(tmp_path):
         for name in ("libasan.so", "libubsan.so")
     ]
     preload = {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "2"}
-    select = "native and cpu and (reference or overlap or infinite or no_token)"
+    select = "native and cpu and (reference or agreement or infinite or no_token or no_distribution)"
     run_kernel_tests(tmp_path, select, preload)
 
 
@@ -136,7 +136,9 @@ def test_rows_reject_what_would_leave_memory():
     with pytest.raises(ValueError, match="statistics must not be null"):
         _C.logprob(address, "float32", 3, 5, [out, 0, out], top.data_ptr(), 0, [], 0.0, 0, "float32", False, 1)
     with pytest.raises(ValueError, match=r"k must be in 1\.\.V"):
-        _C.overlap(address, "float32", 2, 3, 5, 0, [1], 6, out, 1)
+        _C.agreement(address, "float32", 2, 3, 5, 0, [1], 6, out, out, out, 1)
+    with pytest.raises(ValueError, match="results must not be null"):
+        _C.agreement(address, "float32", 2, 3, 5, 0, [1], 2, out, 0, out, 1)
 
 
 def test_the_default_falls_back_without_the_compiled_rows(monkeypatch):
