@@ -291,10 +291,18 @@ def test_a_run_of_adapters_writes_folders_that_peft_loads_on_their_base(tmp_path
     assert json.loads((cfg.run_dir / "results.json").read_text())["final"]["text"]
 
 
-@pytest.mark.parametrize("method", ["independent", "mixed", "mopd"])
-def test_every_method_runs_with_adapters(tmp_path, method):
-    results = run(make_config(tmp_path, *LORA, f"method={method}"))
-    assert len(results["final"]) >= 2
+@pytest.mark.parametrize(
+    ("settings", "models"),
+    [
+        (["method=independent"], ["base", "text", "image", "merged"]),
+        (["method=mixed"], ["base", "mixed"]),
+        (["method=mopd"], ["base", "student"]),
+        (["consolidate.steps=1"], ["base", "text", "image", "merged", "consolidated"]),
+        (["opd.teachers=all", "topology=all"], ["base", "text", "image", "merged"]),
+    ],
+)
+def test_every_method_runs_with_adapters(tmp_path, settings, models):
+    assert list(run(make_config(tmp_path, *LORA, *settings))["final"]) == models
 
 
 def test_mopd_puts_the_experts_of_a_finished_run_on_its_own_base(tmp_path):
