@@ -160,9 +160,11 @@ class Tracker:
             self.send = send
             return
         package = importlib.import_module(name)
-        where = {"id": run_id, "name": cfg.name, "dir": str(directory)} if name == "wandb" else {}
-        where = where or {"name": f"{cfg.name}-{run_id}"}  # which is how trackio knows a run
-        package.init(project="copd", config=asdict(cfg), resume="allow", **where)
-        # records of one step come one by one, which wandb's own step counter would refuse
-        self.send = lambda numbers, step: package.log(numbers | {"step": step})
-        self.close = package.finish
+        self.close, options = package.finish, {"project": "copd", "config": asdict(cfg), "resume": "allow"}
+        if name == "wandb":
+            package.init(id=run_id, name=cfg.name, dir=str(directory), **options)
+            # records of one step come one by one, which wandb's own step counter would refuse
+            self.send = lambda numbers, step: package.log(numbers | {"step": step})
+        else:
+            package.init(name=f"{cfg.name}-{run_id}", **options)  # its name is how trackio knows a run
+            self.send = lambda numbers, step: package.log(numbers, step=step)
