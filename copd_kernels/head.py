@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from .checks import check, check_type
+from .lm_head import fields
+from .probe import check_model, unwrap
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -70,30 +72,28 @@ class Head:
         return self.lm_head.shape[0] if self.vocab_size is None else self.vocab_size
 
     @classmethod
-    def of(cls, model: Any, hidden: Tensor, vocab_size: int | None = None) -> Head:
-        """The head of a transformers model, for hidden states its backbone made.
+    def of(cls, model: Any, hidden: Tensor, vocab_size: int | None = None, check: bool = True) -> Head:
+        """The head of a transformers model, for hidden states that its `lm_head` would read.
 
-        Weight and bias come from `model.get_output_embeddings()`; softcap and scale from the config (of the text
-        model, if there are several), under the names Gemma, Cohere and Granite give them.
+        Weight and bias are those of `model.get_output_embeddings()`, with what PEFT puts around it: LoRA and DoRA, the
+        active ones of several adapters, `modules_to_save`, trainable tokens; none inside `disable_adapter`. Scale and
+        softcap are those of the config (of the text model, if there are several), by the names that models give them.
+        They are not believed: once a model, the head's logits at two tokens are compared with the model's own.
 
         Args:
-            model: a causal or vision language model of transformers.
-            hidden: (..., D), what `lm_head` would read: the backbone's `last_hidden_state`.
+            model: a causal or vision language model of transformers, or PEFT's around one.
+            hidden: (..., D), what `lm_head` reads: for most models the backbone's `last_hidden_state`.
             vocab_size: as in `Head`; pass the tokenizer's length where the embedding is padded.
+            check: make that comparison, which costs a forward of two tokens without gradients.
+
+        Raises:
+            ValueError: an `lm_head` that is quantised, sharded, or not linear in hidden; a model whose logits are
+                another function of what `lm_head` reads, or whose `lm_head` reads another thing than its backbone's
+                `last_hidden_state`.
         """
-        output = model.get_output_embeddings()
-        check("Head.of", "model", output is not None, "have output embeddings", type(model).__name__)
-        config = model.config.get_text_config()
-        scale = getattr(config, "logit_scale", None) or 1.0
-        scale /= getattr(config, "logits_scaling", None) or 1.0
-        return cls(
-            hidden,
-            output.weight,
-            bias=getattr(output, "bias", None),
-            scale=scale,
-            softcap=getattr(config, "final_logit_softcapping", None),
-            vocab_size=vocab_size,
-        )
+        if check:
+            check_model("Head.of", unwrap(model), vocab_size, backbone=True)
+        return cls(*fields("Head.of", unwrap(model), hidden, vocab_size))
 
     def detach(self) -> Head:
         """The same head, outside the graph: how every teacher is read."""
