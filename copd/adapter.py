@@ -197,7 +197,7 @@ class Adapter:
         _check_base(model, Path(folder), config)
         try:
             adapter = cls(model, name, config, trained=trained)
-            state = load_peft_weights(str(folder), device="cpu")
+            state = {k.removeprefix(PREFIX): v for k, v in load_peft_weights(str(folder), device="cpu").items()}
             found = cast(Any, set_peft_model_state_dict(model, state, adapter.key))
         except (KeyError, RuntimeError, ValueError) as error:
             raise ValueError(f"adapter: weights in {folder} must fit their base; got {error}") from error
