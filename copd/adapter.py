@@ -72,8 +72,6 @@ def lora_config(model: PreTrainedModel, cfg: ModelConfig) -> LoraConfig:
             raise ValueError(
                 f"adapter: target_modules must be linear, embedding or convolution layers; got {name}, a {kind}"
             )
-        if modules[name] is head and not tied:
-            raise ValueError(f"adapter: the head must be trained whole, in modules_to_save; got {name} as a target")
     saved = matching("modules_to_save", adapter.modules_to_save)
     if tied:
         for name in targets + saved:

@@ -533,11 +533,16 @@ def make_untied():
     return Qwen3ForCausalLM(config)
 
 
-def test_the_head_of_an_adapter_that_trains_it_is_its_own():
+HEADS = {
+    "delta": {"target_modules": ["lm_head", "q_proj"]},
+    "whole": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_the_head_of_an_adapter_that_trains_it_is_its_own(kind):
     model = make_untied()
-    lora = lora_config(
-        model, ModelConfig(adapter=AdapterConfig(4, target_modules=["q_proj"], modules_to_save=["lm_head"]))
-    )
+    lora = lora_config(model, ModelConfig(adapter=AdapterConfig(4, **HEADS[kind])))
     adapter = moved(Adapter(model, "a", lora))
     tokens = torch.arange(3, 20)[None]
     plain = logits(model)
@@ -548,9 +553,26 @@ def test_the_head_of_an_adapter_that_trains_it_is_its_own():
         gradients = torch.autograd.grad((head.hidden @ head.lm_head.T).square().sum(), adapter.parameters())
     assert all(gradient.any() for gradient in gradients)
     assert torch.equal(logits(model), plain)
+    head = Head.of(model, hidden)
+    assert head.lm_head.shape == (64, 32), "none outside of it"
 
 
-def test_a_low_rank_delta_of_the_head_is_refused():
-    cfg = ModelConfig(adapter=AdapterConfig(target_modules=["lm_head"]))
-    with pytest.raises(ValueError, match="adapter: the head must be trained whole, in modules_to_save; got lm_head"):
-        lora_config(make_untied(), cfg)
+@pytest.mark.parametrize("kind", HEADS)
+def test_branches_that_train_the_head_teach_with_the_one_they_had(tmp_path, kind):
+    """All scoring precedes any update: a trained head is kept as it was, though its adapter moves."""
+    cfg = make_config(tmp_path, "model.adapter.rank=4")
+    base = make_base(cfg)
+    base.lm_head.weight = torch.nn.Parameter(base.lm_head.weight.detach().clone())  # untied
+    lora = lora_config(base, ModelConfig(adapter=AdapterConfig(4, **HEADS[kind])))
+    student, teacher = (make_branch(cfg, base, lora, name) for name in ("text", "image"))
+    moved(teacher.weights), moved(student.weights, 2)
+    batch = student.cross_batch(teacher, 0)
+    seen = batch.lesson.teachers[0]
+    kept = seen.heads[0]
+    before = kept.hidden @ kept.lm_head.T
+    teacher.learn([teacher.native_batch(0)])
+    assert torch.equal(kept.hidden @ kept.lm_head.T, before)
+    assert not torch.equal(teacher.score(batch.rollout).logp[0], seen.logp[0])
+    start = weights(student)
+    student.learn([batch])
+    assert any("lm_head" in name and not torch.equal(value, start[name]) for name, value in weights(student).items())
