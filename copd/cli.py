@@ -139,6 +139,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         args.run(args, cfg)
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError, ImportError, NonFiniteLoss, Unhealthy) as error:
         if os.environ.get("COPD_DEBUG"):

@@ -262,7 +262,8 @@ def read(path: str, split: str, config_name: str | None) -> Sequence[dict[str, A
             loaded = datasets.load_from_disk(path)
             return loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
         if kind := TABLES.get(file.suffix) if file.is_file() else None:
-            return datasets.load_dataset(kind, data_files={split: path}, split=split)
+            table = datasets.load_dataset(kind, data_files={split: path}, split=split)
+            return table if set(MEDIA_COLUMNS) & set(table.column_names) else table.to_list()
         return datasets.load_dataset(path, config_name, split=split)
     if not file.is_file():
         raise ValueError(f"data: path must be a JSONL file, a folder or a dataset; got {path!r}, which does not exist")

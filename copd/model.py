@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -160,13 +161,14 @@ def extend(prompts: Sequences, completions: Tensor, mask: Tensor) -> Sequences:
 
 def hidden_states(model: PreTrainedModel, batch: Sequences, cache: Any = None) -> Tensor:
     """Last hidden states (B, L, D) after the final norm. With `cache`, keys and values are appended to it."""
-    extra = {"past_key_values": cache, "use_cache": cache is not None}
+    text = model.model.language_model if hasattr(model.config, "vision_config") else model.model
+    # transformers below 5.40 knows it by this name, newer ones by that
+    named = "cache" if "cache" in signature(text.forward).parameters else "past_key_values"
+    extra = {named: cache, "use_cache": cache is not None}
     # a batch without padding needs no mask, which leaves SDPA its causal fast path
     mask = None if batch.attention_mask.all() else batch.attention_mask
     if not hasattr(model.config, "vision_config"):
-        return model.model(
-            batch.input_ids, attention_mask=mask, position_ids=batch.position_ids[0], **extra
-        ).last_hidden_state
+        return text(batch.input_ids, attention_mask=mask, position_ids=batch.position_ids[0], **extra).last_hidden_state
     # embeddings; then deepstack, features of early vision layers that the first language layers add where media are
     layers = [model.get_input_embeddings()(batch.input_ids)]
     visual = torch.zeros_like(batch.input_ids, dtype=torch.bool)
@@ -180,7 +182,7 @@ def hidden_states(model: PreTrainedModel, batch: Sequences, cache: Any = None) -
             ]
             visual = visual | where
     embeds, *deepstack = layers
-    return model.model.language_model(
+    return text(
         inputs_embeds=embeds,
         attention_mask=mask,
         position_ids=batch.position_ids,

@@ -76,10 +76,12 @@ def finished(cfg: Config) -> dict[str, Any] | None:
     path = cfg.run_dir / "results.json"
     try:
         found = json.loads(path.read_text()) if path.exists() else None
-    except json.JSONDecodeError as error:
-        logger.warning("resume: %s must be JSON; got %s; it is made again", path, error)
-        return None
-    if found is None:
+        whole = found is None or {"identity", "config"} <= found.keys()
+    except (json.JSONDecodeError, AttributeError) as error:
+        found, whole = str(error), False
+    if not whole:
+        logger.warning("resume: %s must hold the results of a run; got %.40s; it is made again", path, found)
+    if not whole or found is None:
         return None
     checkpoint.same(found["identity"], cfg, f"the finished run {cfg.run_dir}")
     # what may change without touching the weights, and still makes other results

@@ -211,13 +211,13 @@ def test_without_a_readable_checkpoint_a_run_does_not_silently_start_anew(tmp_pa
         run(cfg)
 
 
-@pytest.mark.parametrize("text", ['{"name": "r', ""])
+@pytest.mark.parametrize("text", ['{"name": "r', "", "{}", "[1]"])
 def test_a_half_written_results_file_is_made_again(tmp_path, text, caplog):
     cfg = make_config(tmp_path)
     first = run(cfg)
     (cfg.run_dir / "results.json").write_text(text)
     assert run(cfg)["final"] == first["final"]
-    assert f"{cfg.run_dir / 'results.json'} must be JSON" in caplog.text
+    assert f"{cfg.run_dir / 'results.json'} must hold the results of a run" in caplog.text
 
 
 def test_a_cut_off_line_of_metrics_is_left_out(tmp_path, caplog):
@@ -285,13 +285,13 @@ def test_two_processes_cannot_work_on_one_folder(tmp_path):
 
 
 SCRIPT = """
-import logging, pathlib
+import logging, pathlib, time
 from copd_cases import make_config, run
 logging.basicConfig(level=logging.INFO)
 from copd.branch import Branch
 gather = Branch.native_batch
 def slow(self, step):
-    import time; print("step", step, flush=True); time.sleep(0.3)
+    print("step", step, flush=True); time.sleep(0.3)
     return gather(self, step)
 Branch.native_batch = slow
 run(make_config(pathlib.Path({folder!r}), "cycles=200", "name=stopped"))
@@ -308,6 +308,76 @@ def test_a_signal_saves_the_last_step_and_says_so(tmp_path, number):
     assert f"{signal.Signals(number).name}: stopping after this step" in said
     assert "the same command continues from checkpoint-1" in said
     assert [path.name for path in checkpoint.found(tmp_path / "stopped")] == ["checkpoint-1"]
+
+
+def test_ctrl_c_in_the_final_evaluation_says_what_is_kept(tmp_path):
+    waits = 'from copd import evaluate; evaluate.final = lambda *_: (print("final", flush=True), time.sleep(60))'
+    script = SCRIPT.replace("Branch.native_batch = slow", waits).replace("cycles=200", "cycles=1")
+    command = [sys.executable, "-c", script.format(folder=str(tmp_path))]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    assert child.stdout.readline() == "final\n"
+    child.send_signal(signal.SIGTERM)
+    _, said = child.communicate(timeout=120)
+    assert f"stopped after training: the same command goes on with what {tmp_path / 'stopped'} has" in said
+    assert (tmp_path / "stopped" / "merged" / "model.safetensors").exists()
+    assert checkpoint.found(tmp_path / "stopped")[-1].name == "checkpoint-2"
+    assert run(make_config(tmp_path, "name=stopped"))["final"]
+
+
+@pytest.fixture
+def own_files(tmp_path, monkeypatch):
+    """A checkpoint, rows and a reward as a user has them: the reward fails on one row and gives NaN on another."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    from copd.lab.tasks import vocabulary
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 16, "vocab_size": 256}
+    special = {"num_attention_heads": 2, "num_key_value_heads": 1, "eos_token_id": 2, "pad_token_id": 0}
+    Qwen3ForCausalLM(Qwen3Config(**sizes, **special)).save_pretrained(tmp_path / "model")
+    vocabulary.tokenizer().save_pretrained(tmp_path / "model")
+    rows = [{"prompt": f"{i % 9} + {i % 7} = {i}", "number": i} for i in range(20)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "own_reward.py").write_text(
+        "def score(prompts, completions, number, **_):\n"
+        "    assert 3 not in number\n"
+        "    return [float('nan') if n == 5 else len(text) / 10 for n, text in zip(number, completions)]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_reward", raising=False)
+    data = {"path": tmp_path / "rows.jsonl", "test_rows": 4, "rewards": "[own_reward:score]"}
+    return [
+        f"model.path={tmp_path / 'model'}",
+        "method=expert",
+        "rollout.prompts=4",
+        "opd_steps=0",
+        "branches.text.task=data",
+        *(f"branches.text.data.{name}={value}" for name, value in data.items()),
+    ]
+
+
+def test_rows_that_fail_their_reward_do_not_end_the_run_and_changed_rows_are_noticed(tmp_path, own_files, caplog):
+    settings = (*own_files, "cycles=4")  # every row once
+    results = run(make_config(tmp_path, *settings, domains=("text",)))
+    for row, why in ((3, "score raised AssertionError"), (5, "score must return finite numbers or None; got nan")):
+        assert f"text: row {row} of {tmp_path / 'rows.jsonl'}: reward: {why}" in caplog.text
+    assert "accuracy" not in results["final"]["text"]["text"]
+    trained = [r for r in log.read(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "train"]
+    assert sum(r["rewards/failed_ratio"] for r in trained) == 2 / 4
+    assert all(r["rewards/score/mean"] == pytest.approx(r["reward"], rel=1e-5) for r in trained)
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write(json.dumps({"prompt": "1 + 1", "number": 20}) + "\n")
+    with pytest.raises(ValueError, match=r"config must be the one of the finished run .*rows.jsonl '.*' after '"):
+        run(make_config(tmp_path, *settings, domains=("text",)))
+
+
+def test_rewards_that_fail_too_often_stop_the_run_with_a_checkpoint(tmp_path, own_files):
+    settings = (*own_files, "cycles=4", "branches.text.data.max_failed_rewards=0")
+    cfg = make_config(tmp_path, *settings, domains=("text",))
+    rule = r"row \d of .*: at most 0% of a batch may fail its reward; got \d of 12; score"
+    with pytest.raises(ValueError, match=rule):
+        run(cfg)
+    done = max((r["step"] for r in log.read(cfg.run_dir / "metrics.jsonl") if r["kind"] == "train"), default=0)
+    assert [path.name for path in checkpoint.found(cfg.run_dir)] == [f"checkpoint-{done}"] * bool(done)
 
 
 def told_to_stop(then, times=1):

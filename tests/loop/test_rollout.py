@@ -12,7 +12,7 @@ from copd.distill import delta
 from copd.lab.tasks import vocabulary
 from copd.model import collate, extend, hidden_states, load_saved
 from copd.rlvr import advantages, deviation, policy_loss, token_weights
-from copd.rollout import seed_of
+from copd.rollout import seed_of, special_tokens
 from copd_kernels import logprob
 
 DOMAINS = pytest.mark.parametrize("domain", ["text", "image", "video"])
@@ -128,6 +128,23 @@ def test_special_tokens_come_from_tokenizer_and_config(tmp_path):
     branch = make_branch(make_config(tmp_path))
     eos, pad, media = branch.special
     assert (eos, pad, sorted(media)) == ([2], 0, [252, 253, 254, 255])
+
+
+def test_a_model_without_end_or_padding_is_sampled_to_the_limit(tmp_path):
+    branch = make_branch(make_config(tmp_path))
+    branch.model.generation_config.eos_token_id = None
+    tokenizer = vocabulary.tokenizer()
+    tokenizer.eos_token = tokenizer.pad_token = None
+    assert special_tokens(branch.model, tokenizer)[:2] == ([], 0)
+    branch.special = special_tokens(branch.model, tokenizer)
+    rollout = branch.rollout([branch.tasks[0].prompt(0)], 0)
+    assert rollout.truncated.all()
+    assert rollout.mask.all()
+
+
+def test_no_deprecated_argument_reaches_the_model(tmp_path, recwarn):
+    make_rollout(make_config(tmp_path), "image")
+    assert not [warning for warning in recwarn if "deprecated" in str(warning.message)]
 
 
 def test_group_advantages_sum_to_zero_and_vanish_for_equal_rewards():
