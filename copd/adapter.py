@@ -129,7 +129,8 @@ class Adapter:
 
     def saved_modules(self) -> dict[str, ModulesToSaveWrapper]:
         """The modules it holds a copy of its own of (`modules_to_save`)."""
-        return {name: module for name, module in self.model.named_modules() if isinstance(module, ModulesToSaveWrapper)}
+        wrapped = ((n, m) for n, m in self.model.named_modules() if isinstance(m, ModulesToSaveWrapper))
+        return {name: module for name, module in wrapped if self.key in module.modules_to_save}
 
     def _named(self) -> dict[str, Parameter]:
         part = f".{self.key}"

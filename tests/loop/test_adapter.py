@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from copd import checkpoint, schema
-from copd.adapter import Adapter, bare, lora_config
+from copd.adapter import Adapter, apply, bare, lora_config
 from copd.branch import Branch
 from copd.coevolve import Plan, coevolve
 from copd.config import AdapterConfig, Config, ModelConfig
@@ -535,7 +535,7 @@ def make_untied():
 
 HEADS = {
     "delta": {"target_modules": ["lm_head", "q_proj"]},
-    "whole": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "whole": {"target_modules": ["q_proj", "embed_tokens"], "modules_to_save": ["lm_head"]},
 }
 
 
@@ -555,6 +555,27 @@ def test_the_head_of_an_adapter_that_trains_it_is_its_own(kind):
     assert torch.equal(logits(model), plain)
     head = Head.of(model, hidden)
     assert head.lm_head.shape == (64, 32), "none outside of it"
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_folders_and_frozen_copies_hold_all_an_adapter_has(tmp_path, kind):
+    model = make_untied()
+    adapter = moved(Adapter(model, "a", lora_config(model, ModelConfig(adapter=AdapterConfig(4, **HEADS[kind])))))
+    plain = logits(model)
+    with adapter.active():
+        expected = logits(model)
+    adapter.save(tmp_path)
+    fresh = bare(model)
+    loaded = Adapter.load(fresh, tmp_path, "b")
+    twin = adapter.copy()
+    for other, owner in ((loaded, fresh), (twin, model)):
+        assert same(other.state(), adapter.state())
+        with other.active():
+            assert torch.equal(logits(owner), expected)
+    twin.remove()
+    assert torch.equal(logits(model), plain)
+    assert torch.equal(logits(PeftModel.from_pretrained(bare(model), tmp_path)), expected)
+    torch.testing.assert_close(logits(apply(bare(model), tmp_path)), expected)
 
 
 @pytest.mark.parametrize("kind", HEADS)
