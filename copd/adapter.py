@@ -30,7 +30,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from copd import files
-from copd.config import AdapterConfig, Config, ModelConfig
+from copd.config import Config
+from copd.settings import AdapterConfig, ModelConfig
 
 LINEAR = (nn.Linear, Conv1D)
 ADAPTABLE = (*LINEAR, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)

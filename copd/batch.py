@@ -10,10 +10,10 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from copd.config import RLVRConfig
 from copd.distill import Lesson
 from copd.rlvr import advantages, deviation
 from copd.rollout import Rollout, seed_of
+from copd.settings import RLVRConfig
 from copd.task import Prompt, Task
 
 

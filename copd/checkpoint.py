@@ -16,8 +16,9 @@ import torch
 
 from copd import data, files
 from copd.coevolve import Plan
-from copd.config import Config, DataConfig
+from copd.config import Config
 from copd.schema import dump
+from copd.settings import DataConfig
 
 logger = logging.getLogger("copd")
 # settings that may change between a run and its continuation: where it runs, ...

@@ -15,7 +15,6 @@ import transformers
 
 from copd import evaluate, files, schema, train
 from copd.branch import Branch, NonFiniteLoss
-from copd.config import MergeConfig
 from copd.lab import report, study
 from copd.lab.config import LabConfig
 from copd.lab.start import make_task, start
@@ -23,6 +22,7 @@ from copd.lab.tasks import vocabulary
 from copd.merge import merge
 from copd.model import is_adapter, load, load_like, load_saved
 from copd.processor import load_processor
+from copd.settings import MergeConfig
 from copd.train.health import Unhealthy
 
 

@@ -23,8 +23,8 @@ from PIL import Image
 from transformers.video_utils import VideoMetadata
 
 from copd import rewards
-from copd.config import DataConfig
 from copd.schema import digest
+from copd.settings import DataConfig
 from copd.task import Prompt, Split
 
 logger = logging.getLogger("copd")

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from copd.config import OPDConfig
+from copd.settings import OPDConfig
 from copd_kernels import Head, kl
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from copd.config import MergeConfig
+from copd.settings import MergeConfig
 
 State = dict[str, Tensor]
 

@@ -19,9 +19,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from copd.adapter import Adapter, bare, base_of, delta, factors, matrix
-from copd.config import MergeConfig
 from copd.merge import branch_weights, combine
 from copd.model import load_saved
+from copd.settings import MergeConfig
 from copd.weights import Weights
 
 logger = logging.getLogger("copd")

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
-from copd.config import ModelConfig
 from copd.processor import load_processor, read_config
+from copd.settings import ModelConfig
 from copd.task import Prompt
 
 # pixels and grid as the processor names them, and the id of the placeholder in the model's config

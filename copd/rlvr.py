@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from copd.config import RLVRConfig
+from copd.settings import RLVRConfig
 
 
 def advantages(reward: Tensor, cfg: RLVRConfig) -> Tensor:

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel
 
-from copd.config import RolloutConfig
 from copd.model import Sequences, collate, extend, hidden_states
+from copd.settings import RolloutConfig
 from copd.task import Prompt, Task
 from copd_kernels import Head, reference
 

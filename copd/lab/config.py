@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from copd.config import Config, ModelConfig
+from copd.config import Config
+from copd.settings import ModelConfig
 
 
 @dataclass(frozen=True)

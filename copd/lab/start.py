@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from copd.config import BranchConfig
 from copd.data import FileTask
 from copd.lab.config import LabConfig
 from copd.lab.tasks import vocabulary
@@ -16,6 +15,7 @@ from copd.lab.tasks.motion import Motion
 from copd.lab.tiny import build_tiny
 from copd.lab.warmstart import warm_start
 from copd.model import load
+from copd.settings import BranchConfig
 from copd.task import Task
 from copd.train import Start
 

@@ -20,10 +20,11 @@ from copd import checkpoint, schema
 from copd.adapter import Adapter, apply, bare, lora_config
 from copd.branch import Branch
 from copd.coevolve import Plan, coevolve
-from copd.config import AdapterConfig, Config, ModelConfig
+from copd.config import Config
 from copd.lab.tasks import vocabulary
 from copd.lab.tiny import build_tiny
 from copd.model import load_saved
+from copd.settings import AdapterConfig, ModelConfig
 from copd_kernels import Head
 
 LORA = ("model.adapter.rank=4", "model.adapter.alpha=8")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from copd_cases import make_config
 
-from copd import config, schema, topology
+from copd import config, schema, settings, topology
 from copd.lab import config as lab
 from copd.lab.config import LabConfig
 
@@ -18,7 +18,7 @@ def test_a_config_survives_the_round_trip(tmp_path):
     assert schema.load(LabConfig, asdict(cfg)) == cfg
 
 
-@pytest.mark.parametrize("module", [config, lab])
+@pytest.mark.parametrize("module", [config, settings, lab])
 def test_every_field_has_a_line_of_documentation(module):
     source = Path(module.__file__).read_text().splitlines()
     for cls in vars(module).values():
@@ -84,10 +84,10 @@ def test_the_bundled_runs_load(name):
 
 def test_the_paper_is_the_default():
     cfg = schema.load(LabConfig, CONFIGS / "smoke.yaml")
-    paper = config.OPDConfig()
+    paper = settings.OPDConfig()
     assert (paper.signal, paper.teacher, paper.native, paper.delta_clamp) == ("sampled", "live", True, None)
     assert (cfg.rlvr.clip_low, cfg.rlvr.clip_high, cfg.rlvr.loss_aggregation) == (0.2, 0.28, "sequence")
-    assert (cfg.topology, cfg.merge.method, config.OptimConfig().lr) == ("hub", "mean", 1e-6)
+    assert (cfg.topology, cfg.merge.method, settings.OptimConfig().lr) == ("hub", "mean", 1e-6)
 
 
 def test_the_hub_exchanges_with_every_spoke_and_spokes_with_the_hub_alone(tmp_path):

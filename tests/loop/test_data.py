@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.qwen2_vl import Qwen2VLImageProcessorPil
 
 from copd import train
-from copd.config import Config, DataConfig
+from copd.config import Config
 from copd.data import FileTask, fingerprint
 from copd.lab.config import TinyConfig
 from copd.lab.tasks import vocabulary
@@ -21,6 +21,7 @@ from copd.lab.tasks.synthetic import patches
 from copd.lab.tiny import build_tiny
 from copd.processor import FrameProcessor, PilProcessor, load_processor
 from copd.schema import load
+from copd.settings import DataConfig
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *vocabulary.MEDIA]

@@ -4,8 +4,8 @@ import pytest
 import torch
 from copd_cases import make_branch, make_config, same, weights
 
-from copd.config import MergeConfig
 from copd.merge import merge
+from copd.settings import MergeConfig
 
 
 def states(seed=0, shape=(5, 7)):

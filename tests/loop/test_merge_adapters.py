@@ -8,11 +8,11 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from copd import cli, merge_adapters
 from copd.adapter import Adapter, bare, lora_config
-from copd.config import AdapterConfig, MergeConfig, ModelConfig
 from copd.lab.config import TinyConfig
 from copd.lab.tiny import build_tiny
 from copd.merge import merge
 from copd.model import load_saved
+from copd.settings import AdapterConfig, MergeConfig, ModelConfig
 
 METHODS = {
     "mean": MergeConfig("mean"),

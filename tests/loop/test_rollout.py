@@ -7,12 +7,12 @@ import torch
 from copd_cases import CPU, TASKS, make_branch, make_config, run
 
 from copd.branch import Branch
-from copd.config import OPDConfig, RLVRConfig
 from copd.distill import delta
 from copd.lab.tasks import vocabulary
 from copd.model import collate, extend, hidden_states, load_saved
 from copd.rlvr import advantages, deviation, policy_loss, token_weights
 from copd.rollout import seed_of, special_tokens
+from copd.settings import OPDConfig, RLVRConfig
 from copd_kernels import logprob
 
 DOMAINS = pytest.mark.parametrize("domain", ["text", "image", "video"])
