@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from kernel_cases import DIVERGENCES, RUNS, assert_as_good_as_torch, cast, gradients, make
+from kernel_cases import DIVERGENCES, FLOOR, RUNS, assert_as_good_as_torch, cast, gradients, make, relative
 
 from copd_kernels import Head, kl, logprob
-from copd_kernels.reference import diverge
+from copd_kernels.reference import diverge, log_softmax
 from copd_kernels.rows import load
 from copd_kernels.rows.stats import logprob as logprob_from
 
@@ -132,6 +132,29 @@ def test_the_jsd_is_right_where_beta_nears_its_ends(beta, dtype, backend, device
         run[name] = {"value": value, **gradients(value, s)}
     for name in run["exact"]:
         assert_as_good_as_torch(name, run[backend][name], run["eager"][name], run["exact"][name], dtype)
+
+
+# of logits and, where teacher and student are alike, of the noise between them
+ALIKE = {"uniform": (1e-3, None), "nearly uniform": (0.05, None), "near": (3.0, 0.05), "nearer": (3.0, 5e-4)}
+
+
+@pytest.mark.parametrize(("backend", "device"), RUNS)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("alike", ALIKE)
+def test_values_of_nearly_equal_rows_are_right_to_a_rounding_of_their_log_ratios(alike, divergence, backend, device):
+    """Each value is a difference of mean log-ratios, so it cannot be better known than the largest of them."""
+    spread, noise = ALIKE[alike]
+    student = make(16, 32, 300, device=device, spread=spread)
+    like = {} if noise is None else {"like": student, "noise": noise}
+    teacher = make(16, 32, 300, device=device, spread=spread, **like)
+    wide = cast(student, torch.float64), cast(teacher, torch.float64)
+    options = {"divergence": divergence, "reduction": "none"}
+    exact = kl(*wide, backend="reference", **options)
+    eager = kl(student, teacher, backend="reference", **options)
+    log_ratio = (log_softmax(wide[0]) - log_softmax(wide[1])).abs().max()
+    rounding = float(torch.finfo(torch.float32).eps * log_ratio * 16**0.5 / exact.norm())
+    allowed = 2 * relative(eager, exact) + FLOOR[torch.float32] + rounding
+    assert relative(kl(student, teacher, backend=backend, **options), exact) <= allowed
 
 
 @pytest.mark.parametrize(("backend", "device"), RUNS)
