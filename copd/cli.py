@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import transformers
+from safetensors import SafetensorError
 
 from copd import evaluate, files, schema, train
 from copd.branch import Branch, NonFiniteLoss
@@ -141,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError, ImportError, NonFiniteLoss, Unhealthy) as error:
+    except (ValueError, OSError, SafetensorError, ImportError, NonFiniteLoss, Unhealthy) as error:
         if os.environ.get("COPD_DEBUG"):
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

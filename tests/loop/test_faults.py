@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from copd_cases import make_config, make_run, run
+from safetensors import SafetensorError
 
 from copd import checkpoint, evaluate, files, log
 from copd.coevolve import coevolve
@@ -274,6 +275,19 @@ def test_a_full_disk_ends_the_run_in_words_or_is_gone_past(tmp_path, small_disk,
     assert caplog.text.count("must fit in") == 4
     small_disk()
     run(cfg)
+
+
+def test_models_that_do_not_fit_leave_the_trained_state(tmp_path, small_disk):
+    small_disk()
+    cfg = make_config(tmp_path)
+    trainer = make_run(cfg)
+    numbers = trainer.train()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    with pytest.raises((OSError, SafetensorError), match="File too large"):
+        trainer.finish(numbers)
+    assert {path.name for path in cfg.run_dir.iterdir()} == {"metrics.jsonl", "checkpoint-2", "run-id", "config.yaml"}
+    small_disk()
+    assert run(cfg)["final"]
 
 
 def test_two_processes_cannot_work_on_one_folder(tmp_path):
