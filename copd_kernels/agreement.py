@@ -44,6 +44,8 @@ def agreement_op(
         for output, result in zip(outputs, rows.agreement(z, 0, teachers, k), strict=True):
             output[:, chunk] = result
     overlap, forward_kl, reverse_kl = outputs
+    # what is no distribution agrees with nothing
+    overlap = torch.where(forward_kl.isnan(), forward_kl, overlap)
     return overlap, forward_kl, reverse_kl
 
 

@@ -202,7 +202,8 @@ def kl(
         jsd        beta KL(q || m) + (1 - beta) KL(p || m),   m = beta q + (1 - beta) p
 
     The loss is not rescaled by temperature². A token of zero weight contributes exactly nothing, even if its hidden
-    states are NaN; a word of zero mass on both sides contributes 0, on the teacher's side alone +inf to `reverse`.
+    states are NaN; a word of zero mass on both sides contributes 0, on the teacher's side alone +inf to `reverse`. A
+    row of logits that is no distribution (a NaN, an infinite logit, no mass) makes its token NaN, gradient included.
     Source: arXiv 2604.27083, section 3 (on-policy distillation at vocabulary level).
 
     Args:

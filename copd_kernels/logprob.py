@@ -170,7 +170,8 @@ def logprob(
 ) -> LogProb:
     """logp_n = z_n[tokens_n] - lse_n, entropy_n = -sum_v p_v log p_v, lse_n = log sum_v exp z_v, z = logits over T.
 
-    Ignored positions give 0 in all three and no gradient, even if their hidden states are NaN.
+    Ignored positions give 0 in all three and no gradient, even if their hidden states are NaN. A row of logits that is
+    no distribution (a NaN, an infinite logit, no mass at all) gives NaN in all three.
 
     Args:
         head: hidden (..., D).

@@ -102,7 +102,8 @@ def mutual_op(
         else:
             made += [*(weight.new_empty(0) for _ in range(3)), weight.new_ones(())]
     edge_sum = torch.stack(sums)
-    return (edge_weight.to(dtype) * edge_sum).sum(), edge_sum, made
+    loss = torch.where(edge_weight == 0, 0, edge_weight.to(dtype) * edge_sum).sum()
+    return loss, edge_sum, made
 
 
 @mutual_op.register_fake

@@ -151,23 +151,23 @@ def mutual_kl(
 ) -> MutualKL:
     """loss = sum_e edge_weight_e * mean_n D(heads[student_e], heads[teacher_e])."""
     one = edge_weight.new_ones(1, *token_weight.shape)
-    edge_kl = torch.stack(
-        [
-            kl(
-                heads[s],
-                [heads[t]],
-                divergence=divergence,
-                beta=beta,
-                temperature=temperature,
-                teacher_weight=one,
-                teacher_index=None,
-                token_weight=token_weight,
-                reduction="mean",
-            )
-            for s, t in edges
-        ]
-    )
-    return MutualKL((edge_weight * edge_kl).sum(), edge_kl.detach())
+    edge_kl = [
+        kl(
+            heads[s],
+            [heads[t]],
+            divergence=divergence,
+            beta=beta,
+            temperature=temperature,
+            teacher_weight=one,
+            teacher_index=None,
+            token_weight=token_weight,
+            reduction="mean",
+        )
+        for s, t in edges
+    ]
+    # an edge of weight zero contributes nothing, not even a NaN
+    weighted = [weight * term for weight, term in zip(edge_weight, edge_kl, strict=True) if weight != 0]
+    return MutualKL(sum(weighted, edge_weight.new_zeros(())), torch.stack(edge_kl).detach())
 
 
 @torch.no_grad()
@@ -178,7 +178,8 @@ def agreement(student: Head, teachers: list[Head], *, k: int, temperature: float
     for teacher in teachers:
         log_q = log_softmax(teacher, temperature)
         common = (top_k(log_p, k) & top_k(log_q, k)).sum(-1).to(log_p.dtype) / k
-        results.append((common, diverge(log_p, log_q, "forward", 0.5), diverge(log_p, log_q, "reverse", 0.5)))
+        forward, reverse = (diverge(log_p, log_q, divergence, 0.5) for divergence in ("forward", "reverse"))
+        results.append((torch.where(forward.isnan(), forward, common), forward, reverse))
     return Agreement(*(torch.stack(x) for x in zip(*results, strict=True)))
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from kernel_cases import DIVERGENCES, FLOOR, RUNS, assert_as_good_as_torch, cast, gradients, make, relative
 
-from copd_kernels import Head, kl, logprob
+from copd_kernels import Head, agreement, kl, logprob, mutual_kl
 from copd_kernels.reference import diverge, log_softmax
 from copd_kernels.rows import load
 from copd_kernels.rows.stats import logprob as logprob_from
@@ -98,6 +98,29 @@ def test_a_teacher_of_weight_zero_may_hold_anything(divergence, backend, device)
         torch.testing.assert_close(got, want)
         for name, g in gradients(got, student).items():
             torch.testing.assert_close(g, gradients(want, student)[name])
+
+
+@pytest.mark.parametrize(("backend", "device"), [*RUNS, pytest.param("reference", "cpu", id="reference-cpu")])
+def test_an_edge_of_weight_zero_may_end_anywhere(backend, device):
+    heads = [make(6, 5, 31, device=device) for _ in range(3)]
+    with torch.no_grad():
+        heads[2].lm_head[:] = torch.nan
+    options = {"edges": [(0, 1), (1, 0), (0, 2), (2, 0)], "backend": backend}
+    out = mutual_kl(heads, edge_weight=torch.tensor([1.0, 0.5, 0.0, 0.0], device=device), **options)
+    assert out.edge_kl.isnan().tolist() == [False, False, True, True]
+    torch.testing.assert_close(out.loss, out.edge_kl[0] + 0.5 * out.edge_kl[1])
+    for head in heads[:2]:
+        assert all(g.isfinite().all() for g in gradients(out.loss, head).values())
+
+
+@pytest.mark.parametrize(("backend", "device"), [*RUNS, pytest.param("reference", "cpu", id="reference-cpu")])
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_what_is_no_distribution_agrees_with_nothing(side, backend, device):
+    student, teacher = make(6, 5, 31, device=device), make(6, 5, 31, device=device)
+    with torch.no_grad():
+        (student if side == "student" else teacher).hidden[2] = torch.nan
+    for x in agreement(student, teacher, backend=backend):
+        assert x.isnan().tolist() == [[n == 2 for n in range(6)]]
 
 
 @pytest.mark.parametrize(("backend", "device"), RUNS)
