@@ -96,14 +96,15 @@ def bars(models: list[tuple[str, str, bool]], columns: dict[str, list[list[float
     """
     with _figure(1, len(columns), 0.27 * len(models) + 0.8, sharey=True) as (figure, axes):
         for axis, (title, rows) in zip(axes[0], columns.items(), strict=True):
+            gap = 2 if percent else 0.02 * max(abs(value) for values in rows for value in values)
             for y, ((_, shade, hatched), values) in enumerate(zip(models, rows, strict=True)):
                 share, spread = mean_error(values)
                 scale = 100 if percent else 1
                 mean, error = scale * share, None if spread is None else scale * spread
                 style = {"facecolor": "white", "edgecolor": shade, "hatch": "////"} if hatched else {"color": shade}
                 axis.barh(y, mean, height=0.72, xerr=error, error_kw={"lw": 1, "capsize": 2}, **style)
-                beside = {"xytext": (5, 0), "textcoords": "offset points", "va": "center", "fontsize": 8.5}
-                axis.annotate(f"{mean:.1f}" if percent else f"{mean:.3g}", (max(mean, 0) + (error or 0), y), **beside)
+                beside = max(mean, 0) + (error or 0) + gap
+                axis.text(beside, y, f"{mean:.1f}" if percent else f"{mean:.3g}", va="center", fontsize=8.5)
             axis.set(title=title, xlabel="accuracy (%)" if percent else "reward")
             if percent:
                 axis.set(xlim=(0, 118), xticks=range(0, 101, 25))

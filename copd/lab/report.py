@@ -91,8 +91,6 @@ def collect(directory: Path) -> tuple[str, list[Result]]:
             shown.add(key)
         for kind in ("eval", "divergence"):
             run[kind] = [{name: record[name] for name in RECORD if name in record} for record in run[kind]]
-        for record in run["eval"]:
-            record.setdefault("reward", value(record))
     return top.get("name", directory.resolve().name), runs
 
 
@@ -126,6 +124,8 @@ class Suite:
 
     def __init__(self, variant: str, runs: list[Result]) -> None:
         self.variant, self.prefix = variant, f"{variant}-" if variant else ""
+        for record in (record for run in runs for record in run["eval"]):
+            record.setdefault("reward", value(record))
         self.runs = {method: {r["seed"]: r for r in runs if r["method"] == method} for method in METHODS}
         # the run that names domains and branches: CoPD's where there is one
         self.first = runs[0]
