@@ -76,10 +76,15 @@ def save(directory: Path, step: int, plan: Plan, cfg: Config) -> Path:
         state = {"step": step, "identity": identity(cfg), "phases": plan.phases[:step], "branches": states}
         torch.save(state, scratch / "state.pt")
         (scratch / "config.yaml").write_text(dump(cfg))
-    for old in found(directory)[: -cfg.keep_checkpoints]:
-        if old != target:
-            files.discard(old)
+    prune(directory, cfg.keep_checkpoints, target)
     return target
+
+
+def prune(directory: Path, keep: int, newest: Path) -> None:
+    """Removes the oldest checkpoints beyond `keep`."""
+    for old in found(directory)[:-keep]:
+        if old != newest:
+            files.discard(old)
 
 
 def found(directory: Path) -> list[Path]:
@@ -94,10 +99,13 @@ def resume(directory: Path, plan: Plan, cfg: Config) -> int:
     paths = found(directory)
     for path in reversed(paths):
         try:
-            return load(path, plan, cfg)
+            step = load(path, plan, cfg)
         except (OSError, EOFError, RuntimeError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             logger.warning("resume: %s cannot be read (%s)", path, reason)
+            continue
+        prune(directory, cfg.keep_checkpoints, path)  # a kill may have come before it
+        return step
     if paths:
         raise ValueError(f"resume: a checkpoint in {directory} must be readable; got none; resume=false starts anew")
     return 0
