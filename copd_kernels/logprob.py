@@ -79,8 +79,8 @@ def logprob_backward(
     top: Tensor,
     upstream: Tensor,
     want: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients over `unit`, then `unit`; `upstream` (3, N) belongs to logp, entropy and lse.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, lm_head and bias in hidden's dtype; `upstream` (3, N) belongs to logp, entropy and lse.
 
     The statistics are those of the forward's logits: made again they would cost a sweep over the rows.
     """
@@ -103,7 +103,13 @@ def logprob_backward(
         side = Side(largest, top[chunk], tail, torch.zeros_like(tail), moment)
         rows.logprob_grad(z, side, torch.where(keep, tokens[chunk], 0), *g.unbind(), head.cap, dlogits)
         gradients.add(dlogits, mine, chunk)
-    return *gradients.tensors(), gradients.unit
+    # where they are: nobody else holds these sums, and a copy of dlm_head would be the largest allocation here
+    finished = (
+        x.mul_(gradients.unit) if x.dtype == hidden.dtype else scale(x, gradients.unit, hidden.dtype)
+        for x in gradients.tensors()
+    )
+    dhidden, dlm_head, dbias = finished
+    return dhidden, dlm_head, dbias
 
 
 def single(
@@ -131,8 +137,8 @@ def _(
 
 @logprob_backward.register_fake
 def _(hidden: Tensor, lm_head: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    dtype = logits_dtype([hidden])
-    return *fake_gradients(hidden, lm_head, rest[-1], dtype), hidden.new_empty((), dtype=dtype)
+    dhidden, dlm_head, dbias = fake_gradients(hidden, lm_head, rest[-1], hidden.dtype)
+    return dhidden, dlm_head, dbias
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -147,12 +153,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
     needs = list(ctx.needs_input_grad[:3])
     *saved, kept, sides, top = ctx.saved_tensors
-    hidden, *_, tokens = saved
+    *_, tokens = saved
     zero = kept.new_zeros(tokens.shape)
     stacked = torch.stack([zero if u is None else u for u in upstream[:3]])
-    *gradients, unit = logprob_backward(*saved, *ctx.rest, kept, sides, top, stacked, needs)
-    done = [scale(g, unit, hidden.dtype) if need else None for g, need in zip(gradients, needs, strict=True)]
-    return *done, *[None] * 8
+    gradients = logprob_backward(*saved, *ctx.rest, kept, sides, top, stacked, needs)
+    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *[None] * 8
 
 
 logprob_op.register_autograd(_backward, setup_context=_save)
