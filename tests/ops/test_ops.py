@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from copd_kernels.flatten import flatten, scale
 from copd_kernels.kl import kl_op
 from copd_kernels.logprob import logprob_backward, logprob_op
 from copd_kernels.mutual import mutual_op
+from copd_kernels.reference import log_softmax
 from copd_kernels.rows import BACKENDS
 
 N, D, V = 12, 8, 50
@@ -193,6 +195,21 @@ def test_sixteen_bit_dlogits_keep_the_gradient(backend, dtype, divergence, monke
         got = gradients(got, student, torch.tensor(1 / weight))
         errors = {name: relative(g, want[name] / weight) for name, g in got.items()}
         assert max(errors.values()) <= gate, errors
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_word_masked_with_the_lowest_half_keeps_the_gradient(backend, monkeypatch):
+    monkeypatch.setattr(schedule, "addmm", widened_addmm)
+    monkeypatch.setattr("copd_kernels.flatten.operand_dtype", lambda hidden, _: hidden.dtype)
+    student, teacher = make(16, 16, 50, torch.float16, spread=1.0), make(16, 16, 50, torch.float16)
+    mask = torch.zeros(50, dtype=torch.float16)
+    mask[7] = torch.finfo(torch.float16).min
+    student, teacher = replace(student, bias=(-mask.sign() * 3).requires_grad_()), replace(teacher, bias=mask)
+    wide = [cast(head, torch.float64) for head in (student, teacher)]
+    assert log_softmax(wide[0])[:, 7].exp().max() > 0.2
+    want = gradients(kl(*wide, backend="reference"), wide[0])
+    got = gradients(kl(student, teacher, backend=backend), student)
+    assert max(relative(got[name], want[name]) for name in ("dhidden", "dlm_head")) <= 3e-3
 
 
 @pytest.fixture
