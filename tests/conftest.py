@@ -26,7 +26,7 @@ def poison():
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if "gpu" in item.keywords and not torch.cuda.is_available():
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
             continue
         # without a compiler there are no native rows; beside a GPU, Triton has no interpreter for CPU tensors
