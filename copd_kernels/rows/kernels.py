@@ -8,6 +8,9 @@ the logits' dtype, fp32 or fp64; offsets are 64-bit, for row 14,123 of 152,064 c
 import triton
 import triton.language as tl
 
+# numbers that differ from chunk to chunk: no compilation of their own for a 1 or a multiple of 16
+VARYING = ("R", "student", "heads", "tiles_per_split")
+
 
 @triton.jit
 def _fold(x, delta, cols, m, top, tail, offset, moment):
@@ -80,7 +83,7 @@ def _teacher_rows(z_ptr, heads, row, stride_head, V, T: tl.constexpr, TP: tl.con
     return j, z_ptr + head * stride_head + row * V
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _kl_stats_kernel(
     z_ptr,  # (H, R, V)
     max_ptr,  # (R, S)
@@ -105,8 +108,8 @@ def _kl_stats_kernel(
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     S = tl.num_programs(1)
-    s_ptr = z_ptr + student * stride_head.to(tl.int64) + row * V
-    j, t_ptr = _teacher_rows(z_ptr, heads, row, stride_head.to(tl.int64), V, T, TP, BITS)
+    s_ptr = z_ptr + student.to(tl.int64) * stride_head + row * V
+    j, t_ptr = _teacher_rows(z_ptr, heads, row, stride_head, V, T, TP, BITS)
     start = split * tiles_per_split * BLOCK
 
     dtype = z_ptr.dtype.element_ty
@@ -156,7 +159,7 @@ def _log_mix(s, t, s_max, t_max, norm_gap, beta, rest, ONE_SIDED: tl.constexpr):
     return tl.where(r < 0, small, -mix), tl.where(r < 0, -mix, small)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _jsd_sums_kernel(
     z_ptr,  # (H, R, V)
     max_ptr,  # (R,)
@@ -186,8 +189,8 @@ def _jsd_sums_kernel(
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     S = tl.num_programs(1)
-    s_ptr = z_ptr + student * stride_head.to(tl.int64) + row * V
-    j, t_ptr = _teacher_rows(z_ptr, heads, row, stride_head.to(tl.int64), V, T, TP, BITS)
+    s_ptr = z_ptr + student.to(tl.int64) * stride_head + row * V
+    j, t_ptr = _teacher_rows(z_ptr, heads, row, stride_head, V, T, TP, BITS)
     start = split * tiles_per_split * BLOCK
     real = j < T
     each = j.to(tl.int64) * R + row
@@ -226,7 +229,7 @@ def _store_dlogits(ptr, g, z, cap_ptr, weighted, inside, HAS_CAP: tl.constexpr):
     tl.store(ptr, g.to(ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _kl_grad_kernel(
     z_ptr,  # (H, R, V)
     dlogits_ptr,  # (R, V), may be the student's logits
@@ -260,8 +263,8 @@ def _kl_grad_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
-    s_ptr = z_ptr + student * stride_head.to(tl.int64) + row * V
-    j, t_ptr = _teacher_rows(z_ptr, heads, row, stride_head.to(tl.int64), V, T, TP, BITS)
+    s_ptr = z_ptr + student.to(tl.int64) * stride_head + row * V
+    j, t_ptr = _teacher_rows(z_ptr, heads, row, stride_head, V, T, TP, BITS)
     start = split * tiles_per_split * BLOCK
     real = j < T
     each = j.to(tl.int64) * R + row
@@ -294,7 +297,7 @@ def _kl_grad_kernel(
         _store_dlogits(dlogits_ptr + row * V + cols, g, s, cap_ptr, weighted, inside, HAS_CAP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING[3:])
 def _logprob_stats_kernel(
     z_ptr,  # (R, V)
     max_ptr,  # (R, S)
@@ -321,7 +324,7 @@ def _logprob_stats_kernel(
     tl.store(moment_ptr + here, moment)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING[3:])
 def _logprob_grad_kernel(
     z_ptr,  # (R, V)
     dlogits_ptr,  # (R, V), may be the logits
@@ -359,7 +362,7 @@ def _logprob_grad_kernel(
         _store_dlogits(dlogits_ptr + row * V + cols, g, z, cap_ptr, weighted, inside, HAS_CAP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING[:3])
 def _overlap_kernel(
     z_ptr,  # (H, R, V)
     least_ptr,  # (R,) the student's k-th largest logit
@@ -378,8 +381,8 @@ def _overlap_kernel(
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    s_ptr = z_ptr + student * stride_head.to(tl.int64) + row * V
-    j, t_ptr = _teacher_rows(z_ptr, heads, row, stride_head.to(tl.int64), V, T, TP, BITS)
+    s_ptr = z_ptr + student.to(tl.int64) * stride_head + row * V
+    j, t_ptr = _teacher_rows(z_ptr, heads, row, stride_head, V, T, TP, BITS)
     real = j < T
     each = j.to(tl.int64) * R + row
     least, room = tl.load(least_ptr + row), tl.load(room_ptr + row)

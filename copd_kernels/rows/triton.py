@@ -7,6 +7,10 @@ normalisers), every dlogit written once. No atomics: the order of every sum is f
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
 import torch
 import triton
 from torch import Tensor
@@ -22,6 +26,20 @@ from .kernels import (
 )
 from .stats import Side, divergence_from, kl_gradient, log_mix, logprob_at_top, merge, norm_gap
 
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def on_its_device(f: F) -> F:
+    """Runs f with z's GPU current: Triton launches on the current device and stream, wherever the tensors are."""
+
+    @functools.wraps(f)
+    def run(z: Tensor, *arguments: Any, **options: Any) -> Any:
+        with torch.cuda.device_of(z):
+            return f(z, *arguments, **options)
+
+    return cast(F, run)
+
+
 # one tile of logits: 16 fp32 a thread and tensor, four 16-byte loads
 TILE = 4096
 # counting equals along a row holds more registers
@@ -34,6 +52,7 @@ HEAD_BITS = 5
 MAX_TEACHERS = 12
 
 
+@on_its_device
 def logprob(z: Tensor) -> Side:
     _, R, V = z.shape
     BLOCK, S, tiles = pieces(R, V, 1)
@@ -43,6 +62,7 @@ def logprob(z: Tensor) -> Side:
     return merge(Side(m, ids(top, V), tail, torch.zeros_like(m), moment)).distribution()
 
 
+@on_its_device
 def logprob_grad(
     z: Tensor,
     side: Side,
@@ -98,6 +118,7 @@ def sides(z: Tensor, student: int, teachers: list[int]) -> tuple[Side, Side, tup
     return s, t, place, tiles, shape
 
 
+@on_its_device
 def kl(
     z: Tensor,
     student: int,
@@ -156,6 +177,7 @@ def kl(
     return value
 
 
+@on_its_device
 def agreement(z: Tensor, student: int, teachers: list[int], k: int) -> tuple[Tensor, Tensor, Tensor]:
     s, t, *_ = sides(z, student, teachers)
     common = overlap(z, student, teachers, k)
@@ -175,6 +197,7 @@ def overlap(z: Tensor, student: int, teachers: list[int], k: int) -> Tensor:
     return common.to(z.dtype) / k
 
 
+@on_its_device
 def softcap(z: Tensor, cap: float) -> None:
     BLOCK = min(TILE, max(16, triton.next_power_of_2(z.numel())))
     grid = (triton.cdiv(z.numel(), BLOCK),)
@@ -207,7 +230,10 @@ def ids(top: Tensor, V: int) -> Tensor:
 
 
 def packed(heads: list[int]) -> int:
-    if len(heads) > MAX_TEACHERS or max(heads) >= 1 << HEAD_BITS:
+    if len(heads) > MAX_TEACHERS:
         rule = f"number at most {MAX_TEACHERS} for backend 'triton'; got {len(heads)}; use backend='torch'"
         raise NotImplementedError(f"kl: teachers must {rule}")
+    if max(heads) >= 1 << HEAD_BITS:
+        rule = f"number at most {1 << HEAD_BITS} for backend 'triton'; got {max(heads) + 1}; use backend='torch'"
+        raise NotImplementedError(f"mutual_kl: heads must {rule}")
     return sum(head << (HEAD_BITS * j) for j, head in enumerate(heads))

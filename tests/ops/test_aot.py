@@ -82,3 +82,32 @@ def test_every_triton_kernel_compiles_without_spills(arch):
 
 def cuobjdump() -> Path:
     return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+def test_one_token_of_one_word_compiles():
+    """Triton puts sizes that are 1 into the code, as constants without the methods of a tensor."""
+    script = SCRIPT.split("for name, kernel in vars(rows)")[0] + ONE_WORD
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", script, "90", "."], check=True, env=environment)
+
+
+ONE_WORD = """
+for name in ("_kl_stats_kernel", "_kl_grad_kernel", "_overlap_kernel"):
+    kernel = getattr(rows, name)
+    constants = next(iter(variants(name, kernel.arg_names))) | {"V": 1, "stride_head": 1}
+    signature = {a: argument_type(name, a, "fp32", "fp32") for a in kernel.arg_names}
+    source = ASTSource(kernel, signature | dict.fromkeys(constants, "constexpr"), constants)
+    triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": rows.NUM_WARPS})
+"""
+
+
+def test_numbers_that_vary_do_not_compile_again():
+    script = """
+from copd_kernels.rows import triton as rows
+for name, kernel in vars(rows).items():
+    if name.endswith("_kernel"):
+        vary = {p.name for p in kernel.params if p.do_not_specialize}
+        assert vary == {"R", "student", "heads", "tiles_per_split"} & set(kernel.arg_names), (name, vary)
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", script], check=True, env=environment)
