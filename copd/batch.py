@@ -54,7 +54,7 @@ class Batch:
 
     def __str__(self) -> str:
         kind = "native" if self.lesson is None else f"cross batch scored by {self.lesson}"
-        rows = [prompt.index for prompt in self.rollout.sequences.prompts]
+        rows = [prompt.index for prompt in self.rollout.prompts]
         return f"{kind} on {self.domain!r}, rows {rows}"
 
 

@@ -134,20 +134,18 @@ class Branch:
         return token_weights(keep, self.cfg.rlvr)
 
     def head(
-        self, rollout: Rollout, rows: slice, model: PreTrainedModel | None = None, only: slice | None = None
+        self, rollout: Rollout, rows: list[int], model: PreTrainedModel | None = None, only: slice | None = None
     ) -> tuple[Head, Tensor]:
         """The head over the N completion tokens of `rows`, of those in `only` if given, and those tokens (N,)."""
         model = model or self.model
         if only is not None:
-            rows = slice(max(rows.start, only.start), min(rows.stop, only.stop))
-            if rows.start >= rows.stop:
+            rows = [row for row in rows if only.start <= row < only.stop]
+            if not rows:
                 weight = model.get_output_embeddings().weight
                 return Head.of(model, weight.new_empty(0, weight.shape[1])), rollout.tokens.new_empty(0)
-        hidden = hidden_states(model, rollout.sequences.take(rows))
-        mask = rollout.mask[rows]
-        # position i predicts token i + 1
-        hidden = hidden[:, -mask.shape[1] - 1 : -1][mask]  # (N, D)
-        return Head.of(model, hidden), rollout.tokens[rows][mask]
+        batch = rollout.sequences(model, rows, self.special.pad)
+        hidden, tokens = batch.predicting(hidden_states(model, batch))
+        return Head.of(model, hidden), tokens
 
     @torch.no_grad()
     def score(self, rollout: Rollout, keep_tokens: float = math.inf, only: slice | None = None) -> TeacherScore:
@@ -156,7 +154,7 @@ class Branch:
         keep = self.device if not cfg.offload else torch.device("cpu")
         score, lm_head = TeacherScore(self.name, [], [], only), None
         with self.active(weights):
-            for rows in rollout.sequences.micro_batches(cfg.micro_batch_tokens):
+            for rows in rollout.micro_batches(cfg.micro_batch_tokens):
                 head, tokens = self.head(rollout, rows, weights.model, only)
                 score.logp.append(logprob(head, tokens, temperature=cfg.rollout.temperature).logp)
                 if keep_tokens <= 0:
@@ -197,6 +195,7 @@ class Branch:
                 metrics[name] = sum(values) / len(values)
         truncated = torch.cat([batch.rollout.truncated for batch in batches])
         length = torch.cat([batch.rollout.mask.sum(1) for batch in batches]).float()
+        needed = sum(sum(batch.rollout.lengths()) for batch in batches)
         weighed = torch.cat([batch.weight.any(1) for batch in batches])
         for kind, lengths in (("", length), ("terminated_", length[~truncated])):
             for name, value in (("mean", torch.mean), ("min", torch.min), ("max", torch.max)):
@@ -206,7 +205,8 @@ class Branch:
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "completions/clipped_ratio": truncated.float().mean().item(),
             "completions/weighed_ratio": weighed.float().mean().item(),
-            "num_tokens": sum(int(batch.rollout.sequences.attention_mask.sum()) for batch in batches),
+            "num_tokens": needed,
+            "padding_ratio": sum(b.rollout.computed(self.cfg.micro_batch_tokens) for b in batches) / needed,
             "tokens": int(length.sum()),
             "rollouts": len(truncated),
             "update_time": time.perf_counter() - start,
@@ -219,7 +219,7 @@ class Branch:
         beta = cfg.opd.branch_beta.get(self.name, cfg.opd.beta)
         # training mode is what switches checkpointing on; dropout would part the ratio from 1
         self.weights.train(cfg.model.activation_checkpointing)
-        for micro, rows in enumerate(rollout.sequences.micro_batches(cfg.micro_batch_tokens)):
+        for micro, rows in enumerate(rollout.micro_batches(cfg.micro_batch_tokens)):
             head, tokens = self.head(rollout, rows)
             loss, parts = loss_of(batch, micro, rows, head, tokens, beta, cfg)
             if not torch.isfinite(loss.detach()):
@@ -260,7 +260,7 @@ class Branch:
         """On the first N tokens a teacher scored, at most `limit`: sums of overlap and of both KLs; and δ (N,)."""
         sums, deltas, temperature = [0.0] * 3, [torch.empty(0)], self.cfg.rollout.temperature
         with self.active():
-            for micro, rows in enumerate(rollout.sequences.micro_batches(self.cfg.micro_batch_tokens)):
+            for micro, rows in enumerate(rollout.micro_batches(self.cfg.micro_batch_tokens)):
                 if limit <= 0:
                     break
                 head, tokens = self.head(rollout, rows, only=teacher.rows)

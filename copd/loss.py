@@ -15,7 +15,7 @@ Parts = dict[str, Tensor]
 
 
 def loss_of(
-    batch: Batch, micro: int, rows: slice, head: Head, tokens: Tensor, beta: float, cfg: Config
+    batch: Batch, micro: int, rows: list[int], head: Head, tokens: Tensor, beta: float, cfg: Config
 ) -> tuple[Tensor, Parts]:
     """The loss of micro-batch `micro`, the `rows` of a batch, and its parts as they are logged.
 
@@ -25,7 +25,7 @@ def loss_of(
     mask = rollout.mask[rows]
     sampled = lesson is not None and lesson.signal == "sampled"
     weight = batch.weight[rows][mask]
-    of_token = torch.arange(rows.start, rows.stop, device=mask.device)[:, None].expand(mask.shape)[mask]
+    of_token = torch.tensor(rows, device=mask.device)[:, None].expand(mask.shape)[mask]
     parts: Parts = {}
     loss = weight.new_zeros(())
     if batch.advantage is not None or sampled:

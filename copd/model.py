@@ -1,9 +1,10 @@
 """The policy: loading it, and running it from token ids to hidden states.
 
-`Sequences` is what every forward pass reads: prompts, each with G completions. Images and videos are encoded once a
-prompt and shared by its G rows, in sampling and in training alike. Nothing here touches `lm_head`: `copd_kernels` does.
+`Sequences` is what every forward pass reads: prompts, and the completions that follow them. Images and videos are
+encoded once a prompt and shared by its rows, in sampling and in training alike. Nothing here touches `lm_head`:
+`copd_kernels` does.
 
-B = P * G rows, L positions (prompt left-padded, then completion), D hidden size.
+B rows, L positions, D hidden size.
 """
 
 from __future__ import annotations
@@ -87,76 +88,60 @@ def apply_liger(model_type: str) -> None:
 
 @dataclass
 class Sequences:
-    """Prompts with the same number of completions each, as tensors. Row `b` belongs to prompt `b // samples`."""
+    """Rows of tokens, and what else a forward pass reads."""
 
     prompts: list[Prompt]
-    samples: int
+    """of each row; the media of one that has several rows are encoded once"""
     input_ids: Tensor
     """(B, L) int64"""
-    attention_mask: Tensor
-    """(B, L) int64, 1 on tokens"""
+    attention_mask: Tensor | None
+    """(B, L) int64, 1 on tokens; None where there is no padding before them: causal attention sees none after them"""
     position_ids: Tensor
     """(3, B, L) int64: time, height, width of multimodal RoPE"""
+    completion: Tensor
+    """(B, L) bool, the tokens after the prompts"""
 
-    def take(self, rows: slice) -> Sequences:
-        """Rows of whole prompts, or some of the rows of a single prompt."""
-        prompts = self.prompts[rows.start // self.samples : -(-rows.stop // self.samples)]
-        return Sequences(
-            prompts,
-            (rows.stop - rows.start) // len(prompts),
-            self.input_ids[rows],
-            self.attention_mask[rows],
-            self.position_ids[:, rows],
-        )
-
-    def micro_batches(self, tokens: int) -> list[slice]:
-        """Row ranges of at most `tokens` tokens (but one row at least), fit for `take`."""
-        count, length = self.input_ids.shape
-        rows = max(1, tokens // length)
-        if rows >= self.samples:  # whole prompts
-            rows -= rows % self.samples
-            return [slice(i, min(i + rows, count)) for i in range(0, count, rows)]
-        return [
-            slice(i, min(i + rows, first + self.samples))
-            for first in range(0, count, self.samples)
-            for i in range(first, first + self.samples, rows)
-        ]
+    def predicting(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states (N, D) that predict the completions' N tokens, row after row, and those tokens (N,)."""
+        return hidden[:, :-1][self.completion[:, 1:]], self.input_ids[self.completion]
 
 
-def collate(model: PreTrainedModel, prompts: list[Prompt], pad: int, device: torch.device) -> Sequences:
-    """Prompts alone, left-padded to one length L (samples = 1)."""
-    length = max(len(prompt.input_ids) for prompt in prompts)
-    before = [length - len(prompt.input_ids) for prompt in prompts]
-    pairs = list(zip(before, prompts, strict=True))
-    input_ids = torch.tensor([[pad] * n + prompt.input_ids for n, prompt in pairs])
-    kinds = torch.tensor([[0] * n + prompt.mm_token_type_ids for n, prompt in pairs], dtype=torch.int32)
-    mask = (torch.arange(length) >= torch.tensor(before)[:, None]).long()
+def collate(
+    model: PreTrainedModel,
+    prompts: list[Prompt],
+    pad: int,
+    completions: list[list[int]] | None = None,
+    left: bool = False,
+) -> Sequences:
+    """Prompts, each with its completion, padded to one length L on the right, or on the left to be continued."""
+    completions = completions or [[]] * len(prompts)
+    rows = [prompt.input_ids + after for prompt, after in zip(prompts, completions, strict=True)]
+    ends = torch.tensor([len(row) for row in rows])[:, None]
+    starts = torch.tensor([len(prompt.input_ids) for prompt in prompts])[:, None]
+    length = int(ends.max())
+    # place of each position in its row, from 0; negative or past its end where it is padding
+    place = torch.arange(length) - (length - ends if left else torch.zeros_like(ends))
+    inside = (place >= 0) & (place < ends)
+    input_ids = torch.full((len(rows), length), pad)
+    input_ids[inside] = torch.tensor([token for row in rows for token in row])
+    mask = inside.long() if left and not inside.all() else None
     if any(prompt.media for prompt in prompts):
+        kinds = torch.zeros_like(input_ids, dtype=torch.int32)
+        kinds[inside & (place < starts)] = torch.tensor(
+            [kind for prompt in prompts for kind in prompt.mm_token_type_ids], dtype=torch.int32
+        )
         grids = {grid: [p.media[grid] for p in prompts if grid in p.media] for _, grid, _ in MEDIA}
-        position_ids, _ = model.model.get_rope_index(
+        positions, _ = model.model.get_rope_index(
             input_ids,
             mm_token_type_ids=kinds,
             attention_mask=mask,
             **{name: torch.cat(parts) for name, parts in grids.items() if parts},
         )
     else:
-        position_ids = (mask.cumsum(1) - 1).clamp(min=0).expand(3, -1, -1)
-    return Sequences(prompts, 1, input_ids.to(device), mask.to(device), position_ids.to(device))
-
-
-def extend(prompts: Sequences, completions: Tensor, mask: Tensor) -> Sequences:
-    """Prompts followed by `completions` (P * G, C) with `mask` (P * G, C); positions count on from the prompt."""
-    samples = completions.shape[0] // len(prompts.prompts)
-    steps = torch.arange(1, completions.shape[1] + 1, device=completions.device)
-    last = prompts.position_ids.amax(dim=(0, 2))  # (P,)
-    after = (last[:, None] + steps).repeat_interleave(samples, 0).expand(3, -1, -1)
-    return Sequences(
-        prompts.prompts,
-        samples,
-        torch.cat([prompts.input_ids.repeat_interleave(samples, 0), completions], 1),
-        torch.cat([prompts.attention_mask.repeat_interleave(samples, 0), mask.long()], 1),
-        torch.cat([prompts.position_ids.repeat_interleave(samples, 1), after], 2),
-    )
+        positions = place.clamp(min=0).expand(3, -1, -1)
+    device, completion = model.device, inside & (place >= starts)
+    mask = None if mask is None else mask.to(device)
+    return Sequences(prompts, input_ids.to(device), mask, positions.to(device), completion.to(device))
 
 
 def hidden_states(model: PreTrainedModel, batch: Sequences, cache: Any = None) -> Tensor:
@@ -165,8 +150,7 @@ def hidden_states(model: PreTrainedModel, batch: Sequences, cache: Any = None) -
     # transformers below 5.40 knows it by this name, newer ones by that
     named = "cache" if "cache" in signature(text.forward).parameters else "past_key_values"
     extra = {named: cache, "use_cache": cache is not None}
-    # a batch without padding needs no mask, which leaves SDPA its causal fast path
-    mask = None if batch.attention_mask.all() else batch.attention_mask
+    mask = batch.attention_mask
     if not hasattr(model.config, "vision_config"):
         return text(batch.input_ids, attention_mask=mask, position_ids=batch.position_ids[0], **extra).last_hidden_state
     # embeddings; then deepstack, features of early vision layers that the first language layers add where media are
@@ -197,16 +181,18 @@ def encode_media(model: PreTrainedModel, batch: Sequences, pixels: str, grid: st
 
     The tower runs once a prompt; its features are repeated for the prompt's rows, so gradients add up over them.
     """
-    owners = [prompt for prompt in batch.prompts if pixels in prompt.media]
+    rows = [prompt for prompt in batch.prompts if pixels in prompt.media]
+    owners = {id(prompt): prompt for prompt in rows}
     if not owners:
         return []
     device = batch.input_ids.device
-    grids = torch.cat([prompt.media[grid] for prompt in owners])
+    grids = torch.cat([prompt.media[grid] for prompt in owners.values()])
     output = model.model.get_image_features(
-        torch.cat([prompt.media[pixels] for prompt in owners]).to(device), grids.to(device), return_dict=True
+        torch.cat([prompt.media[pixels] for prompt in owners.values()]).to(device), grids.to(device), return_dict=True
     )
     merged = model.config.vision_config.spatial_merge_size**2
-    counts = [int(prompt.media[grid].prod(1).sum()) // merged for prompt in owners]
+    counts = [int(prompt.media[grid].prod(1).sum()) // merged for prompt in owners.values()]
     # transformers gives a layer as one tensor or as one for each image, depending on its version
     layers = [x if isinstance(x, Tensor) else torch.cat(x) for x in (output.pooler_output, *output.deepstack_features)]
-    return [torch.cat([part for part in layer.split(counts) for _ in range(batch.samples)]) for layer in layers]
+    features = [dict(zip(owners, layer.split(counts), strict=True)) for layer in layers]
+    return [torch.cat([parts[id(prompt)] for prompt in rows]) for parts in features]

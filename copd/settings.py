@@ -123,11 +123,11 @@ class RolloutConfig:
     """divides the logits when sampling, and the same logits in every log-prob and KL"""
     mask_truncated: bool = True
     """a truncated completion takes no part in the loss (it is counted and logged)"""
-    chunk_prompts: int | None = None
-    """prompts generated at once; None for all: lower it when the KV cache does not fit"""
+    cache_tokens: int | None = None
+    """positions of the KV cache at once, over all rows; None for no limit: set it when the cache does not fit"""
 
     def __post_init__(self) -> None:
-        at_least(self, "rollout.", prompts=1, samples=1, max_new_tokens=1, chunk_prompts=1)
+        at_least(self, "rollout.", prompts=1, samples=1, max_new_tokens=1, cache_tokens=1)
         require(self.temperature > 0, "rollout.temperature must be above 0", self.temperature)
 
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from copd.lab.config import LabConfig
 from copd.lab.tasks.synthetic import SyntheticTask
-from copd.model import collate, extend, hidden_states, load_saved
+from copd.model import collate, hidden_states, load_saved
 from copd.rollout import generate, rewards, seed_of, special_tokens
 from copd.schema import digest
 from copd.task import Task
@@ -100,10 +100,6 @@ def _imitation_loss(
     rng = np.random.default_rng(seed_of(seed, "warmstart", task.name, step))
     indices = rng.integers(task.size("train"), size=size).tolist()
     answers = [task.solution(index, rng, careful) for index in indices]
-    width = max(map(len, answers))
-    tokens = torch.tensor([answer + [pad] * (width - len(answer)) for answer in answers], device=model.device)
-    lengths = torch.tensor([len(answer) for answer in answers], device=model.device)
-    mask = torch.arange(width, device=model.device) < lengths[:, None]
-    prompts = collate(model, [task.prompt(index) for index in indices], pad, model.device)
-    hidden = hidden_states(model, extend(prompts, tokens, mask))[:, -width - 1 : -1][mask]  # (N, D)
-    return -logprob(Head.of(model, hidden), tokens[mask]).logp.mean()
+    batch = collate(model, [task.prompt(index) for index in indices], pad, answers)
+    hidden, tokens = batch.predicting(hidden_states(model, batch))
+    return -logprob(Head.of(model, hidden), tokens).logp.mean()

@@ -45,7 +45,7 @@ def test_every_row_is_judged_by_the_branch_that_owns_its_prompt(tmp_path, signal
         cfg = make_config(tmp_path, *settings, f"micro_batch_tokens={tokens}", domains=("text", "image", "video"))
         student, owners = three(cfg)
         batch = student.routed_batch(owners, 0)
-        prompts = [prompt.task for prompt in batch.rollout.sequences.prompts]
+        prompts = [prompt.task for prompt in batch.rollout.prompts]
         assert prompts == ["text", "text", "image", "video"]
         found[tokens] = gradient(student, batch)
         # by hand: each owner scores everything, and only its own rows weigh
@@ -70,7 +70,7 @@ def test_branches_equal_to_the_student_give_no_gradient(tmp_path):
 def test_who_has_a_prompt_more_changes_from_step_to_step(tmp_path):
     cfg = make_config(tmp_path, "rollout.prompts=4", domains=("text", "image", "video"))
     student, owners = three(cfg)
-    dealt = [[p.task for p in student.routed_batch(owners, step).rollout.sequences.prompts] for step in range(3)]
+    dealt = [[p.task for p in student.routed_batch(owners, step).rollout.prompts] for step in range(3)]
     assert [tasks.count("text") for tasks in dealt] == [2, 1, 1]
     assert [tasks.count("video") for tasks in dealt] == [1, 1, 2]
 

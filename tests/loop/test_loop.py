@@ -126,8 +126,10 @@ def test_a_teacher_equal_to_the_student_gives_no_distillation_gradient(tmp_path,
 
 @pytest.mark.parametrize("signal_name", ["sampled", "reverse"])
 def test_with_beta_zero_copd_equals_independent_bit_for_bit(tmp_path, signal_name):
-    copd = make_plan(make_config(tmp_path, "opd.beta=0", f"opd.signal={signal_name}"), phases=["rl", "opd", "rl"])
-    independent = make_plan(make_config(tmp_path, "method=independent"), phases=["rl"] * 3)
+    # a norm to clip to would be summed over other tensors: the tower has gradients here and none there, if all zero
+    off = "optim.max_grad_norm=1e9"
+    copd = make_plan(make_config(tmp_path, "opd.beta=0", f"opd.signal={signal_name}", off), phases=["rl", "opd", "rl"])
+    independent = make_plan(make_config(tmp_path, "method=independent", off), phases=["rl"] * 3)
     finish(copd), finish(independent)
     for a, b in zip(copd.branches, independent.branches, strict=True):
         assert same(weights(a), weights(b))
@@ -205,8 +207,8 @@ def test_the_cross_batch_is_whole_for_each_teacher_or_shared_out(tmp_path, shari
     cfg = make_config(tmp_path, f"opd.batch={sharing}", domains=("text", "image", "video"))
     plan = make_plan(cfg, ("text", "image", "video"))
     native, *cross = gather(plan, plan.branches[0], "opd", 0)
-    assert len(native.rollout.sequences.prompts) == 2
-    assert [len(batch.rollout.sequences.prompts) for batch in cross] == [prompts, prompts]
+    assert len(native.rollout.prompts) == 2
+    assert [len(batch.rollout.prompts) for batch in cross] == [prompts, prompts]
 
 
 def test_without_native_batches_phase_two_distils_alone(tmp_path):
@@ -310,7 +312,7 @@ def test_no_tensor_of_tokens_by_vocabulary_exists_in_the_training_path(tmp_path,
     assert rows <= D < N - 32
 
     def full_logits():
-        (student.head(batches[0].rollout, slice(0, 32))[0].hidden @ student.model.lm_head.weight.T).log_softmax(-1)
+        (student.head(batches[0].rollout, list(range(32)))[0].hidden @ student.model.lm_head.weight.T).log_softmax(-1)
 
     assert rows_of_vocabulary(full_logits, V) > N - 32, "the probe sees full logits where there are any"
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 from copd_cases import CPU, TASKS, make_branch, make_config, run
 
+from copd import rollout as rollout_module
 from copd.branch import Branch
 from copd.distill import delta
 from copd.lab.tasks import vocabulary
-from copd.model import collate, extend, hidden_states, load_saved
+from copd.model import collate, hidden_states, load_saved
 from copd.rlvr import advantages, deviation, policy_loss, token_weights
 from copd.rollout import seed_of, special_tokens
 from copd.settings import OPDConfig, RLVRConfig
@@ -27,7 +28,7 @@ def make_rollout(cfg, domain="text", seed=0, greedy=False, prompts=3):
 @DOMAINS
 def test_sampled_log_probs_are_those_the_training_kernels_compute(tmp_path, domain):
     branch, rollout = make_rollout(make_config(tmp_path, "rollout.temperature=0.7"), domain)
-    head, tokens = branch.head(rollout, slice(0, len(rollout.tokens)))
+    head, tokens = branch.head(rollout, list(range(len(rollout.tokens))))
     logp = logprob(head, tokens, temperature=0.7).logp
     # the sampler's are of the words without the four media ids
     media = torch.tensor(branch.special.media)
@@ -41,10 +42,9 @@ def test_sampled_log_probs_are_those_the_training_kernels_compute(tmp_path, doma
 def test_cached_sampling_equals_a_greedy_search_without_cache(tmp_path, domain):
     branch, rollout = make_rollout(make_config(tmp_path), domain, greedy=True)
     model, (eos, pad, media) = branch.model, branch.special
-    prompts = collate(model, rollout.sequences.prompts, pad, CPU)
     tokens = torch.zeros(3, 0, dtype=torch.long)
     for _ in range(rollout.tokens.shape[1]):
-        sequences = extend(prompts, tokens, torch.ones_like(tokens))
+        sequences = collate(model, rollout.prompts, pad, tokens.tolist(), left=True)
         logits = model.lm_head(hidden_states(model, sequences)[:, -1])
         logits[:, media] = -math.inf
         tokens = torch.cat([tokens, logits.argmax(-1, keepdim=True)], 1)
@@ -57,7 +57,7 @@ def test_cached_sampling_equals_a_greedy_search_without_cache(tmp_path, domain):
 def test_hidden_states_are_those_of_transformers_own_forward(tmp_path, domain):
     branch = make_branch(make_config(tmp_path), domain)
     rows = [branch.tasks[0].prompt(i) for i in range(2)]
-    ours = hidden_states(branch.model, collate(branch.model, rows, 0, CPU))
+    ours = hidden_states(branch.model, collate(branch.model, rows, 0))
     media = {name: torch.cat([row.media[name] for row in rows]) for name in rows[0].media}
     theirs = branch.model.model(
         input_ids=torch.tensor([row.input_ids for row in rows]),
@@ -67,13 +67,28 @@ def test_hidden_states_are_those_of_transformers_own_forward(tmp_path, domain):
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_prompts_of_different_lengths_and_media_share_a_batch(tmp_path):
+@pytest.mark.parametrize("left", [True, False])
+def test_prompts_of_different_lengths_and_media_share_a_batch(tmp_path, left):
     model = make_branch(make_config(tmp_path)).model
     rows = [TASKS[name](name).prompt(0) for name in ("text", "image", "video")]
-    together = hidden_states(model, collate(model, rows, 0, CPU))
+    together = hidden_states(model, collate(model, rows, 0, left=left))
     for row, hidden in zip(rows, together, strict=True):
-        alone = hidden_states(model, collate(model, [row], 0, CPU))[0]
-        torch.testing.assert_close(hidden[-len(alone) :], alone, rtol=1e-4, atol=1e-4)
+        alone = hidden_states(model, collate(model, [row], 0))[0]
+        ours = hidden[-len(alone) :] if left else hidden[: len(alone)]
+        torch.testing.assert_close(ours, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_of_one_prompt_share_its_media(tmp_path):
+    model = make_branch(make_config(tmp_path)).model
+    first, second = (TASKS["image"]("image").prompt(i) for i in range(2))
+    runs = []
+    model.model.visual.register_forward_hook(lambda module, args, kwargs, output: runs.append(args), with_kwargs=True)
+    together = hidden_states(model, collate(model, [first, second, first], 0, [[5, 6], [7], []]))
+    assert len(runs) == 1
+    assert len(runs[0][0]) == sum(len(row.media["pixel_values"]) for row in (first, second))
+    for i, (row, after) in enumerate(((first, [5, 6]), (second, [7]), (first, []))):
+        alone = hidden_states(model, collate(model, [row], 0, [after]))[0]
+        torch.testing.assert_close(together[i, : len(alone)], alone, rtol=1e-4, atol=1e-4)
 
 
 def test_media_ids_are_never_sampled(tmp_path):
@@ -107,11 +122,85 @@ def test_the_mask_ends_with_eos_and_truncated_rows_have_none(tmp_path):
     assert 0 < rollout.truncated.float().mean() < 1
 
 
-def test_chunks_of_prompts_are_put_together_again(tmp_path):
-    whole = make_rollout(make_config(tmp_path), greedy=True, prompts=5)[1]
-    parts = make_rollout(make_config(tmp_path, "rollout.chunk_prompts=2"), greedy=True, prompts=5)[1]
+@DOMAINS
+@pytest.mark.parametrize("tokens", [1, 60, 200])
+def test_a_bounded_cache_samples_what_an_unbounded_one_does(tmp_path, domain, tokens):
+    limit = "rollout.max_new_tokens=24"
+    whole = make_rollout(make_config(tmp_path, limit), domain, prompts=5)[1]
+    parts = make_rollout(make_config(tmp_path, limit, f"rollout.cache_tokens={tokens}"), domain, prompts=5)[1]
     assert torch.equal(whole.tokens, parts.tokens)
     assert torch.equal(whole.mask, parts.mask)
+    torch.testing.assert_close(whole.logp, parts.logp, rtol=1e-4, atol=1e-4)
+
+
+def test_the_cache_stays_within_its_bound(tmp_path, monkeypatch):
+    held = []
+    update = rollout_module._Layer.update
+
+    def spy(layer, *args, **kwargs):
+        keys, values = update(layer, *args, **kwargs)
+        held.append(keys.shape[0] * keys.shape[2])
+        return keys, values
+
+    monkeypatch.setattr(rollout_module._Layer, "update", spy)
+    make_rollout(make_config(tmp_path, "rollout.max_new_tokens=24", "rollout.cache_tokens=150"), prompts=5)
+    assert 75 < max(held) <= 150
+
+
+def test_a_row_samples_the_same_alone_and_among_others(tmp_path):
+    branch, many = make_rollout(make_config(tmp_path, "rollout.max_new_tokens=24"), prompts=6)
+    few = branch.rollout([branch.tasks[0].prompt(i) for i in range(2)], 0)
+    width = few.tokens.shape[1]
+    assert torch.equal(many.tokens[:6, :width], few.tokens)
+
+
+def test_rows_that_have_ended_leave_the_batch(tmp_path, monkeypatch):
+    rows = []
+    inner = rollout_module.hidden_states
+
+    def spy(model, batch, cache):
+        rows.append(len(batch.input_ids))
+        return inner(model, batch, cache)
+
+    monkeypatch.setattr(rollout_module, "hidden_states", spy)
+    branch = make_branch(make_config(tmp_path, "rollout.max_new_tokens=32"))
+    branch.special = branch.special._replace(eos=list(range(2, 40)))
+    rollout = branch.rollout([branch.tasks[0].prompt(i) for i in range(4)], 0, samples=4)
+    # one prefill a prompt, and then one forward for every token but the last of each row
+    assert sum(rows) == 4 + int(rollout.mask.sum()) - 16
+
+
+def test_words_are_drawn_as_often_as_they_are_likely():
+    logp = torch.tensor([0.5, 0.0, 0.3, 0.0, 0.2]).log().expand(10_000, 5)
+    uniform = torch.rand(10_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    counts = torch.bincount(rollout_module.draw(logp, uniform), minlength=5) / 10_000
+    torch.testing.assert_close(counts, logp[0].exp(), atol=0.02, rtol=0)
+    assert counts[1] == counts[3] == 0
+    ends = torch.tensor([0.0, 0.49, 0.51, 0.79, 0.81], dtype=torch.float64)
+    assert rollout_module.draw(logp[:5], ends).tolist() == [0, 0, 2, 2, 4]
+
+
+def rollout_of(lengths, prompt):
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    return rollout_module.Rollout([prompt], len(lengths), mask.long(), mask, mask.float(), mask[:, 0])
+
+
+def test_micro_batches_hold_every_row_once_within_their_bound_and_pad_little(tmp_path):
+    """Lengths are log-normal with a mean of a quarter of the limit."""
+    prompt = TASKS["text"]("text").prompt(0)
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        drawn = (torch.randn(128, generator=generator).exp() * 512 / 4 / math.exp(0.5)).long().clamp(1, 512).tolist()
+        rollout = rollout_of(drawn, prompt)
+        lengths = rollout.lengths()
+        assert lengths == [len(prompt.input_ids) + n for n in drawn]
+        groups = rollout.micro_batches(4096)
+        assert sorted(row for rows in groups for row in rows) == list(range(128))
+        assert all(rows == sorted(rows) for rows in groups)
+        assert all(len(rows) == 1 or len(rows) * max(lengths[row] for row in rows) <= 4096 for rows in groups)
+        computed = sum(len(rows) * max(lengths[row] for row in rows) for rows in groups)
+        assert rollout.computed(4096) == computed <= 1.10 * sum(lengths)
+        assert [len(rows) for rows in rollout.micro_batches(1)] == [1] * 128
 
 
 def test_sampling_depends_on_its_seed_alone(tmp_path):
@@ -240,7 +329,7 @@ def test_the_sampler_and_the_loss_read_one_head(tmp_path, family, knob, value):
     cfg = make_config(tmp_path)
     branch = Branch("text", [TASKS["text"]("text")], model, vocabulary.tokenizer(), cfg, CPU)
     rollout = branch.rollout([branch.tasks[0].prompt(i) for i in range(3)], 0)
-    head, tokens = branch.head(rollout, slice(0, len(rollout.tokens)))
+    head, tokens = branch.head(rollout, list(range(len(rollout.tokens))))
     logp = logprob(head, tokens, temperature=cfg.rollout.temperature).logp
     assert logp.std() > 0.03
     torch.testing.assert_close(rollout.logp[rollout.mask], logp, atol=1e-3, rtol=1e-3)
