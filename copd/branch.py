@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from copd.batch import Batch, NonFiniteLoss, deal, draw
 from copd.config import Config
 from copd.distill import Lesson, TeacherScore
-from copd.loss import loss_of
+from copd.loss import loss_of, mismatch
 from copd.model import hidden_states
 from copd.rlvr import token_weights
 from copd.rollout import Rollout, generate, rewards, seed_of, special_tokens
@@ -189,7 +189,7 @@ class Branch:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
                 self._publish()
-        metrics |= {name: value / updates for name, value in totals.items()}
+        metrics |= {name: value / updates for name, value in totals.items()} | mismatch(batches, self.cfg)
         for name in ("kl", "overlap"):
             if values := [value for key, value in metrics.items() if key.startswith(f"{name}/")]:
                 metrics[name] = sum(values) / len(values)

@@ -145,9 +145,13 @@ class RLVRConfig:
     """added to that standard deviation"""
     updates_per_batch: int = 1
     """optimiser steps on each batch; the ratio leaves 1, and the clip acts, from the second one on"""
+    importance_cap: float | None = 2.0
+    """C of truncated importance sampling: a sampled token counts min(π/π_sampler, C) times; None turns it off"""
 
     def __post_init__(self) -> None:
         at_least(self, "rlvr.", clip_low=0, clip_high=0, advantage_eps=0, updates_per_batch=1)
+        cap = self.importance_cap
+        require(cap is None or cap > 0, "rlvr.importance_cap must be above 0, or null", cap)
 
 
 @dataclass(frozen=True)

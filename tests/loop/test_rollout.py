@@ -368,3 +368,37 @@ def test_the_sampled_signal_keeps_no_more_of_the_teacher_than_the_overlap_needs(
         assert sum(map(len, batch.lesson.teachers[0].logp)) == batch.rollout.mask.sum()
         assert math.isfinite(student.learn([batch])["overlap"])
     assert 3 <= kept["sampled"] <= 6 < kept["reverse"]
+
+
+def test_a_sampler_of_other_log_probs_is_corrected_up_to_the_cap(tmp_path):
+    """Half the sampled tokens were four times less likely to the sampler than to the policy, the rest as likely."""
+    gradients = {}
+    for cap in ("null", 100.0, 2.0):
+        branch = make_branch(make_config(tmp_path, f"rlvr.importance_cap={cap}"))
+        batch = branch.native_batch(0)
+        batch.advantage = torch.linspace(-1, 1, len(batch.rollout.tokens))
+        batch.rollout.logp = scored(branch, batch.rollout)
+        batch.rollout.logp[::2] -= math.log(4)
+        branch._backward(batch)
+        gradients[cap] = torch.cat([p.grad.flatten() for p in branch.parameters if p.grad is not None])
+        metrics = branch.learn([batch])
+        share = batch.rollout.mask[::2].sum() / batch.rollout.mask.sum()
+        assert metrics["importance_sampling_ratio/max"] == pytest.approx(4, rel=1e-4)
+        assert metrics["importance_sampling_ratio/mean"] == pytest.approx(float(1 + 3 * share), rel=1e-4)
+        assert metrics["importance_sampling_ratio/truncated"] == (pytest.approx(float(share)) if cap == 2.0 else 0)
+    # the loss is linear in the weight: 1 + 3 a without truncation, 1 + a with
+    odd = (gradients[100.0] - gradients["null"]) / 3
+    torch.testing.assert_close(gradients[2.0], gradients["null"] + odd, rtol=1e-3, atol=1e-6)
+    assert odd.abs().max() > 1e-4
+
+
+def scored(branch, rollout):
+    logp = torch.zeros_like(rollout.logp)
+    head, tokens = branch.head(rollout, list(range(len(rollout.tokens))))
+    logp[rollout.mask] = logprob(head, tokens).logp.detach()
+    return logp
+
+
+def test_a_cap_must_be_above_zero(tmp_path):
+    with pytest.raises(ValueError, match=r"rlvr.importance_cap must be above 0, or null; got 0"):
+        make_config(tmp_path, "rlvr.importance_cap=0")
