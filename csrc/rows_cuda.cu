@@ -6,9 +6,11 @@
 
 #include <map>
 #include <mutex>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 
 #include "row_kernels.cuh"
 #include "table.h"
@@ -77,8 +79,6 @@ bool launch_cluster(Kernel kernel, const Arguments& work, int heads, uintptr_t s
     size_t most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - own.sharedSizeBytes;
     Ring ring = cut(work.V, heads, most);
     if (!ring.blocks) return false;
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, ring.bytes()), "shared memory");
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cluster size");
     cudaLaunchAttribute size;
     size.id = cudaLaunchAttributeClusterDimension;
     size.val.clusterDim = {(unsigned)ring.blocks, 1, 1};
@@ -86,13 +86,24 @@ bool launch_cluster(Kernel kernel, const Arguments& work, int heads, uintptr_t s
     // as many clusters as run at once; each takes its share of the rows
     static std::mutex mutex;
     static std::map<std::tuple<const void*, int, size_t, int>, int> known;
+    static std::set<std::pair<const void*, int>> allowed;  // kernels that may take all of a device's shared memory
     int device, clusters;
     check(cudaGetDevice(&device), "cudaGetDevice");
     {
         std::lock_guard lock(mutex);
-        auto [found, fresh] = known.try_emplace({(const void*)kernel, ring.blocks, ring.bytes(), device}, 0);
-        if (fresh) check(cudaOccupancyMaxActiveClusters(&found->second, kernel, &config), "cluster occupancy");
-        clusters = found->second;
+        if (!allowed.contains({(const void*)kernel, device})) {
+            check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), "shared memory");
+            check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cluster size");
+            allowed.insert({(const void*)kernel, device});
+        }
+        std::tuple place{(const void*)kernel, ring.blocks, ring.bytes(), device};
+        if (auto found = known.find(place); found != known.end()) {
+            clusters = found->second;
+        } else {
+            // a query that fails is asked again next time
+            check(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config), "cluster occupancy");
+            known[place] = clusters;
+        }
     }
     if (clusters == 0) return false;
     config.gridDim = dim3(unsigned(std::min<int64_t>(clusters, work.R) * ring.blocks));
