@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,6 +66,17 @@ def wanted(head: Head) -> list[bool]:
     """Which of hidden, lm_head and bias autograd will ask a gradient of."""
     tensors = (head.hidden, head.lm_head, head.bias)
     return [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors]
+
+
+def save(ctx: Any, *tensors: Tensor | None) -> None:
+    """For backward, inference tensors too: autograd refuses them, but none of these is differentiated again."""
+    ctx.apart = {i: x for i, x in enumerate(tensors) if x is not None and x.is_inference()}
+    ctx.save_for_backward(*(None if i in ctx.apart else x for i, x in enumerate(tensors)))
+
+
+def saved(ctx: Any) -> list[Any]:
+    """What `save` was given. Once a backward: each reading of `ctx.saved_tensors` unpacks them all again."""
+    return [ctx.apart.get(i, x) for i, x in enumerate(ctx.saved_tensors)]
 
 
 def fake_gradients(hidden: Tensor, lm_head: Tensor, want: list[bool], dtype: torch.dtype) -> list[Tensor]:

@@ -31,6 +31,8 @@ from .flatten import (
     flatten,
     logits_dtype,
     projections,
+    save,
+    saved,
     scale,
     wanted,
 )
@@ -152,9 +154,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.dtype, ctx.T = inputs[0].dtype, len(lists[0])
     *ctx.rest, ctx.per_token, _ = rest
     if ctx.per_token:
-        ctx.save_for_backward(*student, *weights, *(x for tensors in lists for x in tensors))
+        save(ctx, *student, *weights, *(x for tensors in lists for x in tensors))
     else:
-        ctx.save_for_backward(*gradients, unit)
+        save(ctx, *gradients, unit)
 
 
 def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Any, ...]:
@@ -162,14 +164,15 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Any, ...]:
     student = [None] * 3
     needs = ctx.needs_input_grad[:3]
     if upstream is not None:
+        kept = saved(ctx)
         if ctx.per_token:
-            saved, T = ctx.saved_tensors, ctx.T
-            *weights, token_weight = saved[3:6]
-            lists = [list(saved[i : i + T]) for i in (6, 6 + T, 6 + 2 * T)]
+            T = ctx.T
+            *weights, token_weight = kept[3:6]
+            lists = [kept[i : i + T] for i in (6, 6 + T, 6 + 2 * T)]
             token_weight = torch.where(token_weight == 0, 0, token_weight * upstream)
-            _, *gradients, unit = kl_op(*saved[:3], *lists, *weights, token_weight, *ctx.rest, False, list(needs))
+            _, *gradients, unit = kl_op(*kept[:3], *lists, *weights, token_weight, *ctx.rest, False, list(needs))
         else:
-            *gradients, unit = ctx.saved_tensors
+            *gradients, unit = kept
             unit = unit * upstream
         student = [scale(g, unit, ctx.dtype) if need else None for g, need in zip(gradients, needs, strict=True)]
     return *student, nothing, nothing, nothing, *[None] * 13

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import reference
 from ._ops import NAMESPACE
 from .checks import check, check_integers, check_temperature, check_values, check_workspace
-from .flatten import Flat, fake_gradients, flatten, logits_dtype, projections, scale, wanted
+from .flatten import Flat, fake_gradients, flatten, logits_dtype, projections, save, saved, scale, wanted
 from .head import Head
 from .results import LogProb
 from .rows import load, resolve
@@ -52,8 +52,8 @@ def logprob_op(
         head.project(head.read(chunk, keep), z[0], rows)
         side = rows.logprob(z)
         top[chunk] = side.top
-        for saved, statistic in zip(sides, (side.max, side.tail, side.moment), strict=True):
-            saved[chunk] = statistic
+        for output, statistic in zip(sides, (side.max, side.tail, side.moment), strict=True):
+            output[chunk] = statistic
         token = torch.where(keep, tokens[chunk], 0)
         results = logprob_from(side, z[0].gather(1, token.unsqueeze(1)).squeeze(1))
         for output, result in zip(outputs, results, strict=True):
@@ -146,17 +146,17 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     # or a (N, V) of zeros would be made for it
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*kept)
-    ctx.save_for_backward(*inputs[:4], *kept)
+    save(ctx, *inputs[:4], *kept)
     *ctx.rest, _ = inputs[4:]
 
 
 def _backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
     needs = list(ctx.needs_input_grad[:3])
-    *saved, kept, sides, top = ctx.saved_tensors
-    *_, tokens = saved
+    *inputs, kept, sides, top = saved(ctx)
+    *_, tokens = inputs
     zero = kept.new_zeros(tokens.shape)
     stacked = torch.stack([zero if u is None else u for u in upstream[:3]])
-    gradients = logprob_backward(*saved, *ctx.rest, kept, sides, top, stacked, needs)
+    gradients = logprob_backward(*inputs, *ctx.rest, kept, sides, top, stacked, needs)
     return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *[None] * 8
 
 

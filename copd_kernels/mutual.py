@@ -26,6 +26,8 @@ from .flatten import (
     flatten,
     logits_dtype,
     projections,
+    save,
+    saved,
     scale,
     wanted,
 )
@@ -124,15 +126,16 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(edge_sum, *made)
     ctx.dtypes = [x.dtype for x in inputs[0]]
-    ctx.save_for_backward(*made)
+    save(ctx, *made)
 
 
 def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
     K = len(ctx.dtypes)
     result: list[list[Tensor | None]] = [[None] * K for _ in range(3)]
     if upstream is not None:
+        made = saved(ctx)
         for k, dtype in enumerate(ctx.dtypes):
-            *gradients, unit = ctx.saved_tensors[4 * k : 4 * k + 4]
+            *gradients, unit = made[4 * k : 4 * k + 4]
             for kind, gradient in enumerate(gradients):
                 if ctx.needs_input_grad[kind][k]:
                     result[kind][k] = scale(gradient, unit * upstream, dtype)
