@@ -9,9 +9,9 @@ from torch import Tensor
 
 from . import reference
 from ._ops import NAMESPACE
-from .checks import check, check_temperature, check_workspace
+from .checks import check, check_integer, check_temperature, check_workspace
 from .flatten import Flat, flatten, logits_dtype, projections
-from .head import Head, check_same_vocabulary
+from .head import Head, as_heads, check_same_vocabulary
 from .results import Agreement
 from .rows import load, resolve
 from .schedule import Workspace
@@ -84,7 +84,7 @@ def agreement(
     Raises:
         ValueError, TypeError: an argument breaks its rule. RuntimeError: the backend is not available here.
     """
-    teachers = [teachers] if isinstance(teachers, Head) else list(teachers)
+    teachers = as_heads("agreement", "teachers", teachers)
     check("agreement", "teachers", len(teachers) > 0, "not be empty", teachers)
     named = {f"teachers[{j}]": teacher for j, teacher in enumerate(teachers)}
     check_same_vocabulary("agreement", "student", student, named)
@@ -92,6 +92,7 @@ def agreement(
     for name, teacher in named.items():
         got = tuple(teacher.hidden.shape[:-1])
         check("agreement", f"{name}.hidden", got == shape, f"have shape (*{tuple(shape)}, D)", got)
+    check_integer("agreement", "k", k)
     check("agreement", "k", 1 <= k <= student.V, f"be in 1..{student.V}", k)
     check_temperature("agreement", temperature)
     check_workspace("agreement", workspace_bytes)

@@ -23,6 +23,27 @@ def _message(op: str, argument: str, rule: str, got: object, fix: str) -> str:
     return f"{op}: {argument} must {rule}; got {got}" + (f"; {fix}" if fix else "")
 
 
+def check_tensor(op: str, argument: str, got: object) -> None:
+    check_type(op, argument, isinstance(got, Tensor), "be a tensor", type(got).__name__)
+    fix = "pass its full_tensor(), or use through_head, which runs where the model has gathered it"
+    check_type(op, argument, type(got).__name__ != "DTensor", "be whole", "a DTensor", fix)
+
+
+def check_number(op: str, argument: str, got: object) -> None:
+    """A tensor of one element will do, unless somebody hopes to learn it: `float` would take it out of the graph."""
+    if isinstance(got, Tensor):
+        fix = "multiply hidden or lm_head by what is learnt"
+        check_type(op, argument, not got.requires_grad, "be a constant", "a tensor that requires grad", fix)
+        check_type(op, argument, got.numel() == 1, "be a number", f"a tensor of shape {tuple(got.shape)}")
+    else:
+        ok = isinstance(got, (int, float, torch.SymInt, torch.SymFloat))
+        check_type(op, argument, ok, "be a number", type(got).__name__)
+
+
+def check_integer(op: str, argument: str, got: object) -> None:
+    check_type(op, argument, isinstance(got, (int, torch.SymInt)), "be an integer", type(got).__name__)
+
+
 def check_option(op: str, argument: str, got: str, options: tuple[str, ...]) -> None:
     check(op, argument, got in options, "be one of " + ", ".join(options), repr(got))
 
@@ -43,6 +64,7 @@ def check_values(op: str, argument: str, values: Tensor, allowed: Callable[[Tens
 
 
 def check_integers(op: str, argument: str, ids: Tensor, shape: torch.Size, device: torch.device) -> None:
+    check_tensor(op, argument, ids)
     check_type(op, argument, ids.dtype == torch.int64, "be int64", ids.dtype)
     check(op, argument, ids.shape == shape, f"have shape {tuple(shape)}", tuple(ids.shape))
     check(op, argument, ids.device == device, f"be on {device}", ids.device)
@@ -50,16 +72,20 @@ def check_integers(op: str, argument: str, ids: Tensor, shape: torch.Size, devic
 
 def check_divergence(op: str, divergence: str, beta: float, temperature: float) -> None:
     check_option(op, "divergence", divergence, ("reverse", "forward", "jsd", "symmetric"))
+    check_number(op, "beta", beta)
     fix = "its limits are divergence='forward' and 'reverse'"
     check(op, "beta", divergence != "jsd" or 0 < beta < 1, "be in (0, 1) for jsd", beta, fix)
     check_temperature(op, temperature)
 
 
 def check_temperature(op: str, temperature: float) -> None:
+    check_number(op, "temperature", temperature)
     check(op, "temperature", temperature > 0, "be positive", temperature)
 
 
 def check_workspace(op: str, workspace_bytes: int | None) -> None:
+    if workspace_bytes is not None:
+        check_integer(op, "workspace_bytes", workspace_bytes)
     ok = workspace_bytes is None or workspace_bytes > 0
     check(op, "workspace_bytes", ok, "be positive", workspace_bytes)
 
@@ -70,6 +96,7 @@ def check_token_weight(
     """The checked weights in `dtype`; ones where there are none."""
     if weight is None:
         return torch.ones(shape, dtype=dtype, device=device)
+    check_tensor(op, "token_weight", weight)
     ok = weight.is_floating_point() or weight.dtype == torch.bool
     check_type(op, "token_weight", ok, "be floating or bool", weight.dtype)
     check(op, "token_weight", weight.shape == shape, f"have shape {tuple(shape)}", tuple(weight.shape))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check, check_type
+from .checks import check, check_integer, check_number, check_tensor, check_type
 from .lm_head import fields
 from .probe import check_model, unwrap
 
@@ -46,6 +46,14 @@ class Head:
 
     def __post_init__(self) -> None:
         hidden, lm_head, bias = self.hidden, self.lm_head, self.bias
+        for name in ("hidden", "lm_head", "bias"):
+            if name != "bias" or bias is not None:
+                check_tensor("Head", name, getattr(self, name))
+        check_number("Head", "scale", self.scale)
+        if self.softcap is not None:
+            check_number("Head", "softcap", self.softcap)
+        if self.vocab_size is not None:
+            check_integer("Head", "vocab_size", self.vocab_size)
         check_type("Head", "hidden", hidden.dtype in DTYPES, "have a floating dtype", hidden.dtype)
         check("Head", "hidden", hidden.dim() >= 1, "have shape (..., D)", tuple(hidden.shape))
         D = hidden.shape[-1]
@@ -101,7 +109,22 @@ class Head:
         return Head(self.hidden.detach(), self.lm_head.detach(), bias, self.scale, self.softcap, self.vocab_size)
 
 
+def as_heads(op: str, argument: str, got: Any) -> list[Head]:
+    """One head or several, as a list of them."""
+    if isinstance(got, Head):
+        return [got]
+    check_type(op, argument, isinstance(got, (list, tuple)), "be a Head or a list of them", type(got).__name__)
+    for k, head in enumerate(got):
+        check_head(op, f"{argument}[{k}]", head)
+    return list(got)
+
+
+def check_head(op: str, argument: str, got: object) -> None:
+    check_type(op, argument, isinstance(got, Head), "be a Head", type(got).__name__)
+
+
 def check_same_vocabulary(op: str, name: str, first: Head, others: dict[str, Head]) -> None:
+    check_head(op, name, first)
     fix = "pass vocab_size to cut padding rows off"
     for other_name, other in others.items():
         rule = f"have {name}'s vocabulary of {first.V} tokens"

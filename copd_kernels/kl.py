@@ -20,6 +20,7 @@ from .checks import (
     check,
     check_divergence,
     check_integers,
+    check_tensor,
     check_token_weight,
     check_type,
     check_values,
@@ -36,7 +37,7 @@ from .flatten import (
     scale,
     wanted,
 )
-from .head import Head, check_same_vocabulary
+from .head import Head, as_heads, check_same_vocabulary
 from .rows import load, resolve
 from .schedule import Gradients, Projection, Workspace
 
@@ -230,7 +231,7 @@ def kl(
         ValueError, TypeError: an argument breaks its rule. Values (weights >= 0, index in range) are checked on the
         CPU; on CUDA under COPD_DEBUG=1 only. RuntimeError: the backend is not available here.
     """
-    teachers = [teachers] if isinstance(teachers, Head) else list(teachers)
+    teachers = as_heads("kl", "teachers", teachers)
     check("kl", "teachers", len(teachers) > 0, "not be empty", teachers)
     check_divergence("kl", divergence, beta, temperature)
     check("kl", "reduction", reduction in ("mean", "sum", "none"), "be mean, sum or none", repr(reduction))
@@ -244,6 +245,7 @@ def kl(
             check("kl", f"teachers[{j}].hidden", got == shape, f"have shape (*{tuple(shape)}, D)", got)
         if teacher_weight is None:
             teacher_weight = torch.full((T,), 1 / T, dtype=dtype, device=device)
+        check_tensor("kl", "teacher_weight", teacher_weight)
         got = tuple(teacher_weight.shape)
         rule = f"have shape ({T},) or {(T, *shape)}"
         check("kl", "teacher_weight", got in ((T,), (T, *shape)), rule, got)

@@ -16,7 +16,7 @@ from . import reference
 from ._ops import NAMESPACE
 from .checks import check, check_integers, check_temperature, check_values, check_workspace
 from .flatten import Flat, fake_gradients, flatten, logits_dtype, projections, save, saved, scale, wanted
-from .head import Head
+from .head import Head, check_head
 from .results import LogProb
 from .rows import load, resolve
 from .rows.stats import Side
@@ -197,6 +197,7 @@ def logprob(
     Raises:
         ValueError, TypeError: an argument breaks its rule. RuntimeError: the backend is not available here.
     """
+    check_head("logprob", "head", head)
     shape, device = head.hidden.shape[:-1], head.hidden.device
     check_integers("logprob", "tokens", tokens, shape, device)
     rule = f"be in 0..{head.V - 1} or {ignore_index}"

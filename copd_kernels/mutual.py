@@ -16,6 +16,7 @@ from ._ops import NAMESPACE
 from .checks import (
     check,
     check_divergence,
+    check_tensor,
     check_token_weight,
     check_type,
     check_workspace,
@@ -31,7 +32,7 @@ from .flatten import (
     scale,
     wanted,
 )
-from .head import Head, check_same_vocabulary
+from .head import Head, as_heads, check_same_vocabulary
 from .results import MutualKL
 from .rows import load, resolve
 from .schedule import Gradients, Workspace
@@ -176,7 +177,7 @@ def mutual_kl(
     Raises:
         ValueError, TypeError: an argument breaks its rule. RuntimeError: the backend is not available here.
     """
-    heads = list(heads)
+    heads = as_heads("mutual_kl", "heads", heads)
     K = len(heads)
     check("mutual_kl", "heads", K >= 2, "have at least two entries", K)
     check_divergence("mutual_kl", divergence, beta, temperature)
@@ -199,6 +200,7 @@ def mutual_kl(
     token_weight = check_token_weight("mutual_kl", token_weight, shape, device, dtype)
     if edge_weight is None:
         edge_weight = token_weight.new_ones(len(edges))
+    check_tensor("mutual_kl", "edge_weight", edge_weight)
     got = tuple(edge_weight.shape)
     check("mutual_kl", "edge_weight", got == (len(edges),), f"have shape (E={len(edges)},)", got)
     check_type("mutual_kl", "edge_weight", edge_weight.is_floating_point(), "be floating", edge_weight.dtype)
