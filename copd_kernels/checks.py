@@ -49,8 +49,11 @@ def check_option(op: str, argument: str, got: str, options: tuple[str, ...]) -> 
 
 
 def values_are_checked(tensor: Tensor) -> bool:
-    """Reading a CUDA tensor's values stops the host, so there it is done only under COPD_DEBUG=1; never in a trace."""
-    if torch.compiler.is_compiling():
+    """Reading a CUDA tensor's values stops the host, so there it is done only under COPD_DEBUG=1; never in a trace.
+
+    Fake tensors, as other subclasses, have no values to read.
+    """
+    if torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter):
         return False
     return tensor.device.type == "cpu" or os.environ.get("COPD_DEBUG") == "1"
 

@@ -38,7 +38,8 @@ def flatten(heads: list[Head]) -> Flat:
 
 def cast(x: Tensor) -> Tensor:
     device = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+    # torch refuses to be asked about autocast for meta tensors
+    if x.dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
         return x.to(torch.get_autocast_dtype(device))
     return x
 

@@ -254,3 +254,18 @@ def test_offsets_reach_past_two_to_the_31():
     tokens = torch.randint(0, 152064, (16,), device="cuda")
     got = logprob(wide, tokens.repeat(1000), workspace_bytes=10 << 30).logp.view(1000, 16)
     assert (got == got[0]).all()
+
+
+def test_a_dry_run_gives_shapes():
+    def run(student, teacher, tokens):
+        weight = torch.ones(N, device=tokens.device)
+        per_token = kl(student, teacher, token_weight=weight, reduction="none")
+        scalars = kl(student, teacher, token_weight=weight), mutual_kl([student, teacher], token_weight=weight).loss
+        assert [x.shape for x in scalars] == [(), ()]
+        assert all(x.shape == (N,) for x in (per_token, *logprob(student, tokens)))
+        assert all(x.shape == (1, N) for x in agreement(student, teacher, k=3))
+
+    with torch._subclasses.fake_tensor.FakeTensorMode():
+        run(make(N, D, V), make(N, D, V), torch.zeros(N, dtype=torch.int64))
+    head = Head(torch.empty(N, D, device="meta"), torch.empty(V, D, device="meta"))
+    run(head, head, torch.zeros(N, dtype=torch.int64, device="meta"))
