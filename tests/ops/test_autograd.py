@@ -3,6 +3,7 @@
 import pytest
 import torch
 from kernel_cases import gradients, make
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
@@ -83,3 +84,14 @@ def test_the_other_ops_take_what_inference_mode_made():
     got = gradients(losses(*made), student)
     for name, g in want.items():
         torch.testing.assert_close(got[name], g)
+
+
+@ops
+def test_a_dry_run_gives_shapes(op):
+    with FakeTensorMode():
+        a = Head(*(torch.randn(n, D, requires_grad=True) for n in (N, V)))
+        b = Head(torch.randn(N, D), torch.randn(V, D))
+        loss = OPS[op](a, b)
+        weighted = kl(a, b, token_weight=torch.ones(N), reduction="none")
+        loss.backward()
+    assert (loss.shape, weighted.shape, a.hidden.grad.shape) == ((), (N,), (N, D))
