@@ -62,14 +62,18 @@ def check_model(op: str, model: Any, vocab_size: int | None, backbone: bool = Fa
 @torch.no_grad()
 def _compare(op: str, model: Any, module: nn.Module, vocab_size: int | None, backbone: bool) -> None:
     caught: dict[str, Tensor] = {}
+    heads: list[tuple[Fields, Tensor]] = []
 
     def give(module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Any:
         hidden = args[0] if args else next(iter(kwargs.values()))
         direction = torch.randn(hidden.shape[-1], generator=torch.Generator().manual_seed(0)).to(hidden)
         direction = direction.expand_as(hidden[..., :1, :])
         largest = module.forward(direction).abs().amax().clamp(min=1e-3)
-        caught["read"], caught["given"] = hidden, direction * (LARGEST / largest).to(hidden.dtype)
-        return (caught["given"].expand_as(hidden).contiguous(),), {}
+        given = direction * (LARGEST / largest).to(hidden.dtype)
+        caught["read"] = hidden
+        head = fields(op, model, given.flatten(0, -2)[:1], vocab_size)
+        heads.append((head, logits(head)[0]))
+        return (given.expand_as(hidden).contiguous(),), {}
 
     def last(module: nn.Module, args: Any, output: Any) -> None:
         state = getattr(output, "last_hidden_state", None)
@@ -77,7 +81,8 @@ def _compare(op: str, model: Any, module: nn.Module, vocab_size: int | None, bac
             caught["last"] = state
 
     whole = getattr(model, "get_base_model", lambda: model)()
-    handles = [module.register_forward_pre_hook(give, prepend=True, with_kwargs=True)]
+    # after FSDP2's own hook on lm_head: only now, and until its forward ends, are sharded weights whole
+    handles = [module.register_forward_pre_hook(give, with_kwargs=True)]
     if isinstance(getattr(whole, "base_model", None), nn.Module) and whole.base_model is not whole:
         handles.append(whole.base_model.register_forward_hook(last))
     ids = torch.tensor([[1, 2]], device=model.get_input_embeddings().weight.device)
@@ -87,8 +92,8 @@ def _compare(op: str, model: Any, module: nn.Module, vocab_size: int | None, bac
         finally:
             for handle in handles:
                 handle.remove()
-        head = fields(op, model, caught["given"].flatten(0, -2)[:1], vocab_size)
-    want, got = logits(head)[0], got.flatten(0, -2)[-1].to(head.hidden.device, torch.float32)
+    head, want = heads[0]
+    got = got.flatten(0, -2)[-1].to(want)
     fix = f"pass vocab_size={got.numel()}"
     check(op, "model", got.numel() >= want.numel(), f"make {want.numel()} logits, as its head does", got.numel(), fix)
     off = (got[: want.numel()] - want).abs()
