@@ -25,7 +25,7 @@ def _message(op: str, argument: str, rule: str, got: object, fix: str) -> str:
 
 def check_tensor(op: str, argument: str, got: object) -> None:
     check_type(op, argument, isinstance(got, Tensor), "be a tensor", type(got).__name__)
-    fix = "pass its full_tensor(), or use through_head, which runs where the model has gathered it"
+    fix = "use through_head, or read it where its module is unsharded"
     check_type(op, argument, type(got).__name__ != "DTensor", "be whole", "a DTensor", fix)
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ._ops import NAMESPACE
-from .head import Head
+from .checks import check_type
+from .head import Head, autocasts
 from .reference import accumulator
 from .schedule import Projection, operand_dtype
 
@@ -26,6 +27,10 @@ class Flat(NamedTuple):
 
 def flatten(heads: list[Head]) -> Flat:
     """Hidden states as (N, D), in autocast's dtype where autocast is on, as `F.linear` would have it."""
+    for head in heads:
+        same = cast(head.hidden).dtype == cast(head.lm_head).dtype
+        rule = f"have hidden's dtype {head.hidden.dtype} outside autocast"
+        check_type("Head", "lm_head", same, rule, head.lm_head.dtype)
     return Flat(
         [cast(head.hidden).reshape(-1, head.hidden.shape[-1]) for head in heads],
         [cast(head.lm_head) for head in heads],
@@ -37,11 +42,7 @@ def flatten(heads: list[Head]) -> Flat:
 
 
 def cast(x: Tensor) -> Tensor:
-    device = x.device.type
-    # torch refuses to be asked about autocast for meta tensors
-    if x.dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
-        return x.to(torch.get_autocast_dtype(device))
-    return x
+    return x.to(torch.get_autocast_dtype(x.device.type)) if x.dtype != torch.float64 and autocasts(x) else x
 
 
 def projections(heads: Flat, temperature: float, dtype: torch.dtype) -> list[Projection]:

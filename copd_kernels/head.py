@@ -61,13 +61,15 @@ class Head:
         check("Head", "lm_head", len(shape) == 2 and shape[1] == D, f"have shape (V, D={D})", shape)
         check("Head", "lm_head", shape[0] >= 1, "have at least one row", shape)
         rule = f"have hidden's dtype {hidden.dtype}"
-        check_type("Head", "lm_head", lm_head.dtype == hidden.dtype, rule, lm_head.dtype)
+        # autocast casts both, as it does for `F.linear`
+        mixed = autocasts(hidden) and torch.float64 not in (hidden.dtype, lm_head.dtype) and lm_head.dtype in DTYPES
+        check_type("Head", "lm_head", lm_head.dtype == hidden.dtype or mixed, rule, lm_head.dtype)
         place = f"be on hidden's device {hidden.device}"
         check("Head", "lm_head", lm_head.device == hidden.device, place, lm_head.device)
         if bias is not None:
             V = shape[0]
             check("Head", "bias", tuple(bias.shape) == (V,), f"have shape (V={V},)", tuple(bias.shape))
-            check_type("Head", "bias", bias.dtype == hidden.dtype, rule, bias.dtype)
+            check_type("Head", "bias", bias.dtype in (hidden.dtype, lm_head.dtype), rule, bias.dtype)
             check("Head", "bias", bias.device == hidden.device, place, bias.device)
         check("Head", "scale", self.scale != 0, "not be zero", self.scale)
         check("Head", "softcap", self.softcap is None or self.softcap > 0, "be positive", self.softcap)
@@ -121,6 +123,11 @@ def as_heads(op: str, argument: str, got: Any) -> list[Head]:
 
 def check_head(op: str, argument: str, got: object) -> None:
     check_type(op, argument, isinstance(got, Head), "be a Head", type(got).__name__)
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on where `x` lives; there is none for meta tensors."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
 def check_same_vocabulary(op: str, name: str, first: Head, others: dict[str, Head]) -> None:

@@ -124,8 +124,9 @@ def segments(N: int, teachers: list[Projection], teacher_index: Tensor | None) -
     if teacher_index is None:
         return [Segment(None, N, teachers)]
     order = torch.argsort(teacher_index, stable=True)
+    names = torch.arange(-1, len(teachers), device=order.device)
     # the one host sync: how many tokens each teacher has
-    start, *counts = torch.bincount(teacher_index + 1, minlength=len(teachers) + 1).tolist()
+    start, *counts = (teacher_index == names[:, None]).sum(1).tolist()
     result = []
     for j, (teacher, count) in enumerate(zip(teachers, counts, strict=True)):
         rows = teacher.hidden.shape[0]

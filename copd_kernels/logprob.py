@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import reference
 from ._ops import NAMESPACE
-from .checks import check, check_integers, check_temperature, check_values, check_workspace
+from .checks import check, check_integer, check_integers, check_temperature, check_values, check_workspace
 from .flatten import Flat, fake_gradients, flatten, logits_dtype, projections, save, saved, scale, wanted
 from .head import Head, check_head
 from .results import LogProb
@@ -199,6 +199,7 @@ def logprob(
     """
     check_head("logprob", "head", head)
     shape, device = head.hidden.shape[:-1], head.hidden.device
+    check_integer("logprob", "ignore_index", ignore_index)
     check_integers("logprob", "tokens", tokens, shape, device)
     rule = f"be in 0..{head.V - 1} or {ignore_index}"
     check_values("logprob", "tokens", tokens, lambda t: ((t >= 0) & (t < head.V)) | (t == ignore_index), rule)

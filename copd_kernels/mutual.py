@@ -184,10 +184,14 @@ def mutual_kl(
     check_workspace("mutual_kl", workspace_bytes)
     if edges is None:
         edges = [(s, t) for s in range(K) for t in range(K) if s != t]
+    pairs = isinstance(edges, list | tuple) and all(isinstance(edge, list | tuple) for edge in edges)
+    whole = pairs and all(isinstance(i, int) for edge in edges for i in edge)
+    check_type("mutual_kl", "edges", whole, "be a list of pairs of indices", repr(edges))
     check("mutual_kl", "edges", len(edges) > 0, "not be empty", edges)
     for edge in edges:
         ok = len(edge) == 2 and all(0 <= i < K for i in edge) and edge[0] != edge[1]
         check("mutual_kl", "edges", ok, f"be pairs of two different indices in 0..{K - 1}", edge)
+    edges = [(s, t) for s, t in edges]
     check("mutual_kl", "edges", len(set(edges)) == len(edges), "name no pair twice", edges)
     first = heads[0]
     others = {f"heads[{k}]": head for k, head in enumerate(heads)}

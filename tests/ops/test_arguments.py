@@ -48,3 +48,54 @@ def test_a_number_to_be_learnt_is_refused(argument):
 def test_a_tensor_is_no_head(argument):
     with pytest.raises(TypeError, match=f"{argument} must be a Head"):
         CALLS[argument](h)
+
+
+@pytest.mark.parametrize("edges", [3, [1], [(0.0, 1)], [(0, "1")], [None], "ab"])
+def test_edges_that_are_no_pairs_are_a_type_error(edges):
+    head = Head(torch.randn(3, 4), torch.randn(20, 4))
+    with pytest.raises(TypeError, match="mutual_kl: edges must be a list of pairs of indices; got "):
+        mutual_kl([head, head], edges=edges)
+
+
+def test_an_ignore_index_that_is_no_integer_is_a_type_error():
+    with pytest.raises(TypeError, match="logprob: ignore_index must be an integer; got NoneType"):
+        logprob(Head(torch.randn(3, 4), torch.randn(20, 4)), torch.zeros(3, dtype=torch.long), ignore_index=None)
+
+
+def test_autocast_takes_a_head_of_two_dtypes_and_outside_of_it_says_so():
+    hidden, weight = torch.randn(3, 4).bfloat16().requires_grad_(), torch.randn(20, 4, requires_grad=True)
+    ids = torch.zeros(3, dtype=torch.long)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = Head(hidden, weight)
+        loss = logprob(mixed, ids).logp.sum()
+        want = logprob(Head(hidden.detach(), weight.detach().bfloat16()), ids).logp.sum()
+    assert torch.equal(loss, want)
+    loss.backward()
+    assert (hidden.grad.dtype, weight.grad.dtype) == (torch.bfloat16, torch.float32)
+    with pytest.raises(TypeError, match=r"lm_head must have hidden's dtype torch.bfloat16 outside autocast"):
+        logprob(mixed, ids)
+
+
+def test_meta_tensors_give_shapes():
+    one = Head(torch.randn(3, 4, device="meta"), torch.randn(20, 4, device="meta"))
+    assert logprob(one, torch.zeros(3, dtype=torch.long, device="meta")).entropy.shape == (3,)
+    assert kl(one, one).device.type == "meta"
+    assert mutual_kl([one, one]).loss.shape == ()
+    assert agreement(one, one).overlap.shape == (1, 3)
+
+
+def test_a_dtensor_is_refused_with_what_to_do(tmp_path):
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        sharded = distribute_tensor(torch.randn(20, 4), mesh, [Shard(0)])
+        with pytest.raises(TypeError, match=r"Head: lm_head must be whole; got a DTensor; .*through_head"):
+            Head(torch.randn(3, 4), sharded)
+        with pytest.raises(TypeError, match="Head: hidden must be whole; got a DTensor"):
+            Head(distribute_tensor(torch.randn(3, 4), mesh, [Shard(0)]), torch.randn(20, 4))
+    finally:
+        dist.destroy_process_group()
