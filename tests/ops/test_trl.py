@@ -253,3 +253,19 @@ def test_the_seams_are_where_this_release_of_trl_has_them():
     names = list(inspect.signature(trl.DistillationTrainer._compute_loss).parameters)
     assert names == ["self", "unwrapped_student", "inputs", "num_items_in_batch"]
     assert list(inspect.signature(trl.GRPOTrainer._compute_loss).parameters) == ["self", "model", "inputs"]
+
+
+def test_two_trainers_teach_each_other_in_turn():
+    import runpy
+    from pathlib import Path
+
+    example = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "trl_coevolve.py"))
+    trainers = example["main"](steps=2)
+    for trainer in trainers:
+        assert trainer.state.global_step == 2
+        assert [teacher is other.model for other in trainers for teacher in trainer.teachers].count(True) == 1
+        seen = [record["teacher_kl"] for record in trainer.state.log_history if "teacher_kl" in record]
+        assert len(seen) == 2
+    # they start equal: the first to move has nothing to learn from the other yet, the second has
+    first, second = (t.state.log_history[0]["teacher_kl"] for t in trainers)
+    assert abs(first) < 1e-6 < second
