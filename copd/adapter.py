@@ -49,7 +49,7 @@ def lora_config(model: PreTrainedModel, cfg: ModelConfig) -> LoraConfig:
     adapter, head = cfg.adapter or AdapterConfig(), model.get_output_embeddings()
     inputs = model.get_input_embeddings()
     tied = head is not None and head.weight is inputs.weight
-    vision = getattr(model.model, "visual", None) if cfg.freeze_vision else None
+    vision = getattr(getattr(model, "model", None), "visual", None) if cfg.freeze_vision else None
     frozen = set() if vision is None else set(vision.modules())
     modules = {name: module for name, module in model.named_modules() if module not in frozen}
 

@@ -48,7 +48,7 @@ class Branch:
         self.processor, self.special = processor, special_tokens(model, processor)
         self.updates = 0  # optimiser steps of this process
         self.frozen: Weights | None = None  # those of the phase's start, for `opd.teacher: phase_start`
-        if cfg.model.freeze_vision and hasattr(model.model, "visual"):
+        if cfg.model.freeze_vision and hasattr(getattr(model, "model", None), "visual"):
             model.model.visual.requires_grad_(False)
         if cfg.model.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
+import copd_kernels
 from copd.processor import load_processor, read_config
 from copd.settings import ModelConfig
 from copd.task import Prompt
@@ -146,13 +147,19 @@ def collate(
 
 def hidden_states(model: PreTrainedModel, batch: Sequences, cache: Any = None) -> Tensor:
     """Last hidden states (B, L, D) after the final norm. With `cache`, keys and values are appended to it."""
-    text = model.model.language_model if hasattr(model.config, "vision_config") else model.model
+    multimodal = hasattr(model.config, "vision_config")
+    text = model.model.language_model if multimodal else model
     # transformers below 5.40 knows it by this name, newer ones by that
     named = "cache" if "cache" in signature(text.forward).parameters else "past_key_values"
     extra = {named: cache, "use_cache": cache is not None}
     mask = batch.attention_mask
-    if not hasattr(model.config, "vision_config"):
-        return text(batch.input_ids, attention_mask=mask, position_ids=batch.position_ids[0], **extra).last_hidden_state
+    if not multimodal:
+        # the model's own forward, whatever it calls its layers and does between them
+        with copd_kernels.hidden_states(model):
+            hidden: Tensor = text(
+                input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids[0], **extra
+            ).logits
+            return hidden
     # embeddings; then deepstack, features of early vision layers that the first language layers add where media are
     layers = [model.get_input_embeddings()(batch.input_ids)]
     visual = torch.zeros_like(batch.input_ids, dtype=torch.bool)
