@@ -30,6 +30,7 @@ def through_head(
     The head's hidden states are those of the model's forward, (B, L, D) or what `logits_to_keep` leaves of them, inside
     its graph; adapters of `lm_head` are part of the head. `read` may return anything; under DDP and FSDP return a
     tensor, or a tuple or dict of tensors, since these look for them there. Not for two threads that share a model.
+    The comparison is a forward of two tokens: sharded models enter for the first time on all ranks together.
 
     Args:
         model: a language model of transformers, text or vision, in any wrapper; called as it always is.
