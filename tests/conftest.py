@@ -12,6 +12,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
+from ranks import Ranks
 
 from copd_kernels.rows import BACKENDS, missing
 
@@ -22,6 +23,14 @@ def poison():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """Runs a function on several ranks: see `ranks.py`."""
+    pool = Ranks()
+    yield pool
+    pool.stop()
 
 
 def pytest_collection_modifyitems(items):

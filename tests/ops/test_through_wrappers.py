@@ -1,10 +1,6 @@
 """`through_head` in two processes: DDP and FSDP2, however they wrap the model, give the gradients of one process."""
 
 import copy
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +9,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from copd_kernels import logprob, through_head
-
-ROOT = Path(__file__).parents[2]
 
 
 def sharded(model, *, own_unit=False, reshard=None):
@@ -50,48 +44,31 @@ def whole(x):
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
-def worker(rank, store):
-    """Prints a line for each wrapper: its name and the largest relative error of a parameter's gradient."""
+def worst_errors():
+    """For each wrapper the largest relative error of a parameter's gradient."""
     import transformers
 
-    dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
     sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": False}
-    torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads))
     ids = torch.randint(0, 96, (4, 7))
     alone = copy.deepcopy(model)
     backward(alone, ids)
     want = {name: parameter.grad for name, parameter in alone.named_parameters()}
+    found = {}
     for name, wrap in WRAPPERS.items():
         inner = copy.deepcopy(model)
         wrapped = wrap(inner)
         for _ in range(2):  # the first step compares, the second does not
             wrapped.zero_grad()
-            backward(wrapped, ids.chunk(2)[rank])
+            backward(wrapped, ids.chunk(2)[dist.get_rank()])
         errors = [(whole(p.grad) - want[n]).norm() / want[n].norm() for n, p in inner.named_parameters()]
-        if rank == 0:
-            print(f"{name}: {max(errors):.2e}", flush=True)
-    dist.destroy_process_group()
+        found[name] = float(max(errors))
+    return found
 
 
-def test_gradients_are_those_of_one_process(tmp_path):
+def test_gradients_are_those_of_one_process(ranks):
     pytest.importorskip("transformers")
-    command = [sys.executable, __file__, str(tmp_path / "store")]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    pipes = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    workers = [subprocess.Popen([*command, str(rank)], cwd=ROOT, env=environment, **pipes) for rank in range(2)]
-    try:
-        (output, errors), _ = (process.communicate(timeout=240) for process in workers)
-    finally:
-        for process in workers:
-            process.kill()
-    found = dict(line.rsplit(": ", 1) for line in output.splitlines() if ": " in line)
-    assert list(found) == list(WRAPPERS), errors[-2000:]
-    for name, error in found.items():
-        assert float(error) < 1e-6, name
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    worker(int(sys.argv[2]), sys.argv[1])
+    for found in ranks(2, worst_errors):
+        assert list(found) == list(WRAPPERS)
+        assert max(found.values()) < 1e-6, found
