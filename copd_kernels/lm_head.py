@@ -51,10 +51,14 @@ def fields(
     """The head of `model` for what its `lm_head` reads; `call` is the layer's own forward where it is replaced."""
     module = lm_head_of(op, model)
     hidden, weight, bias = projection(op, module, hidden, call or module.forward)
-    config = model.config.get_text_config(decoder=True)
+    config = text_config(model)
     if vocab_size is None and (unpadded := getattr(config, "unpadded_vocab_size", None)) is not None:
         vocab_size = min(unpadded, weight.shape[0])
     return Fields(hidden, weight, bias, *transform(config), vocab_size)
+
+
+def text_config(model: Any) -> Any:
+    return model.config.get_text_config(decoder=True)
 
 
 def transform(config: Any) -> tuple[float, float | None]:

@@ -111,7 +111,10 @@ def _instead_of_lm_head(op: str, model: Any, forward: Forward) -> Iterator[Calla
     nested = hasattr(own, "stands_for_lm_head")
     demand(op, "model", not nested, "not be inside another through_head already", "nested calls")
 
-    def stand_in(hidden: Tensor) -> Any:
+    def stand_in(hidden: Tensor, **kwargs: Any) -> Any:
+        # PEFT's, of which each token may have another function: `adapter_names`, `alora_offsets`
+        given = sorted(name for name, value in kwargs.items() if value is not None)
+        demand(op, "lm_head", not given, "be called with hidden states alone", ", ".join(given))
         return forward(hidden, own)
 
     def keep(module: nn.Module, args: Any, result: Any) -> Tensor:

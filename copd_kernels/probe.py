@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .checks import check
-from .lm_head import Fields, fields, lm_head_of
+from .lm_head import Fields, fields, lm_head_of, text_config, transform
 
 # the states of each lm_head (adapters, scale, softcap) that have been compared
 CHECKED: weakref.WeakKeyDictionary[nn.Module, set[Any]] = weakref.WeakKeyDictionary()
@@ -47,7 +47,7 @@ def check_model(op: str, model: Any, vocab_size: int | None, backbone: bool = Fa
     if torch.compiler.is_compiling() or weight.is_meta or isinstance(weight, FakeTensor):
         return
     adapters = tuple(getattr(module, "active_adapters", ())), getattr(module, "disable_adapters", False)
-    state = type(module), adapters, vocab_size, backbone
+    state = type(module), adapters, transform(text_config(model)), vocab_size, backbone
     seen = CHECKED.setdefault(module, set())
     if state in seen or not bool(weight.detach().isfinite().all()):
         return  # of weights that are not finite nothing can be told
@@ -93,6 +93,8 @@ def _compare(op: str, model: Any, module: nn.Module, vocab_size: int | None, bac
             for handle in handles:
                 handle.remove()
     head, want = heads[0]
+    read, made = tuple(caught["read"].shape[:-1]), tuple(got.shape[:-1])
+    check(op, "model", read == made, f"make logits of all that lm_head reads, {read}", made, "use its own logits")
     got = got.flatten(0, -2)[-1].to(want)
     fix = f"pass vocab_size={got.numel()}"
     check(op, "model", got.numel() >= want.numel(), f"make {want.numel()} logits, as its head does", got.numel(), fix)

@@ -27,6 +27,7 @@ namespace cuda {
 void kl(const KlArguments&, uintptr_t stream);
 void logprob(const LogProbArguments&, uintptr_t stream);
 void softcap(const SoftcapArguments&, uintptr_t stream);
+std::pair<int, int> versions();
 }
 #endif
 
@@ -107,11 +108,13 @@ void call(bool on_cuda, uintptr_t place, const Arguments& args, void (*CpuRows::
 constexpr auto kl_kernel = cuda::kl;
 constexpr auto logprob_kernel = cuda::logprob;
 constexpr auto softcap_kernel = cuda::softcap;
+constexpr auto cuda_versions = cuda::versions;
 constexpr bool HAS_CUDA = true;
 #else
 constexpr void (*kl_kernel)(const KlArguments&, uintptr_t) = nullptr;
 constexpr void (*logprob_kernel)(const LogProbArguments&, uintptr_t) = nullptr;
 constexpr void (*softcap_kernel)(const SoftcapArguments&, uintptr_t) = nullptr;
+std::pair<int, int> cuda_versions() { return {0, 0}; }
 constexpr bool HAS_CUDA = false;
 #endif
 
@@ -173,6 +176,7 @@ void softcap(uintptr_t z, const std::string& type, int64_t R, int64_t V, double 
 
 PYBIND11_MODULE(_C, m) {
     m.attr("has_cuda") = copd::HAS_CUDA;
+    m.def("cuda_versions", [] { return copd::cuda_versions(); });  // of the runtime linked in, and of the driver
     m.def("isa", [] { return copd::cpu().first; });
     m.def("kl", &copd::kl);
     m.def("logprob", &copd::logprob);

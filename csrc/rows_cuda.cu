@@ -198,4 +198,10 @@ void softcap(const SoftcapArguments& args, uintptr_t stream) {
     args.logits.type == Type::float64 ? run_softcap<double>(args, stream) : run_softcap<float>(args, stream);
 }
 
+std::pair<int, int> versions() {
+    int driver;
+    check(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
+    return {CUDART_VERSION, driver};
+}
+
 }  // namespace copd::cuda

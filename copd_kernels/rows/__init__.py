@@ -88,6 +88,11 @@ def native_cuda_missing(device: Device) -> str | None:
 
     if not _C.has_cuda:
         return "csrc/ is built without its CUDA part; run `COPD_CUDA=1 pip install -e .` with nvcc"
+    built, driver = _C.cuda_versions()
+    if driver < built - built % 1000:  # versions of one major run on each other's drivers
+        had, has = (f"{version // 1000}.{version % 1000 // 10}" for version in (built, driver))
+        fix = "build it with that driver's nvcc, update the driver, or use backend='triton'"
+        return f"csrc/ is built with CUDA {had}, and this machine's driver goes up to CUDA {has}; {fix}"
     major, minor = get_device_capability(device)
     # binaries run on later minor versions; the sm_90a part on 9.0 alone
     if major == 8 or (major, minor) == (9, 0) or major == 10:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -183,11 +184,35 @@ def test_a_gpu_the_library_has_no_code_for_is_named(monkeypatch, capability, rea
     from copd_kernels import _C
 
     monkeypatch.setattr(_C, "has_cuda", True)
+    monkeypatch.setattr(_C, "cuda_versions", lambda: (13000, 13000))
     monkeypatch.setattr(rows, "get_device_capability", lambda device: capability)
     found = missing("native", torch.device("cuda"))
     assert found is None if reason is None else reason in found
     monkeypatch.setattr(_C, "has_cuda", False)
     assert "COPD_CUDA=1 pip install -e ." in missing("native", torch.device("cuda"))
+
+
+@needs_build
+@pytest.mark.parametrize(
+    ("driver", "reason"), [(13000, None), (13020, None), (14000, None), (12080, "CUDA 13.1, .* up to CUDA 12.8;")]
+)
+def test_a_driver_older_than_the_runtime_linked_in_is_named(monkeypatch, driver, reason):
+    from copd_kernels import _C
+
+    monkeypatch.setattr(_C, "has_cuda", True)
+    monkeypatch.setattr(_C, "cuda_versions", lambda: (13010, driver))
+    monkeypatch.setattr(rows, "get_device_capability", lambda device: (9, 0))
+    found = missing("native", torch.device("cuda"))
+    assert found is None if reason is None else re.search(reason, found)
+
+
+@needs_build
+def test_the_library_knows_the_runtime_it_was_linked_with():
+    from copd_kernels import _C
+
+    built, driver = _C.cuda_versions()
+    assert (built >= 12000) == _C.has_cuda
+    assert driver >= 0
 
 
 def test_the_module_prints_what_this_machine_has():

@@ -248,6 +248,27 @@ def test_a_dora_head_with_dropout_is_refused():
         fused(model, IDS)
 
 
+def test_a_function_of_its_own_for_each_token_is_refused():
+    model = lora(build("Llama"), target_modules=["lm_head"])
+    message = "through_head: lm_head must be called with hidden states alone; got adapter_names"
+    with pytest.raises(ValueError, match=message), through_head(model, lambda head: head):
+        model(input_ids=IDS, adapter_names=["default", "__base__"])
+
+
+def test_the_check_is_made_again_when_the_config_says_otherwise():
+    model = build("Granite")
+    with through_head(model, lambda head: head.scale):
+        assert model(input_ids=IDS).logits == 0.25
+    model.config.logits_scaling = 8.0  # granite reads it when it is called
+    with through_head(model, lambda head: head.scale):
+        assert model(input_ids=IDS).logits == 0.125
+    changed = build("HyperCLOVAX")
+    Head.of(changed, torch.randn(2, 32))
+    changed.config.logit_scale = 3.0  # which hyperclovax does not
+    with pytest.raises(ValueError, match=r"as scale 0\.75 and softcap None of its config say"):
+        Head.of(changed, torch.randn(2, 32))
+
+
 class Twice(nn.Linear):
     def forward(self, x):
         return super().forward(x).exp()
