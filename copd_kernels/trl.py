@@ -27,6 +27,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 from .checks import check
 from .head import Head
 from .kl import kl
+from .liger import divergence_of
 from .logprob import logprob
 from .model import reading, through_head
 from .probe import check_model, unwrap
@@ -39,12 +40,6 @@ SERVED = ("log_probs", "entropy")
 def at(head: Head, mask: Tensor, positions: slice = slice(None, -1)) -> Head:
     """The head at the tokens that count: what is masked costs no GEMM."""
     return replace(head, hidden=head.hidden[:, positions][mask.to(head.hidden.device)])
-
-
-def divergence_of(beta: float) -> dict[str, Any]:
-    """TRL's beta as arguments of `kl`."""
-    ends: dict[float, dict[str, Any]] = {0.0: {"divergence": "forward"}, 1.0: {"divergence": "reverse"}}
-    return ends.get(float(beta), {"divergence": "jsd", "beta": float(beta)})
 
 
 def fuse(trainer: Any) -> Any:
