@@ -1,142 +1,62 @@
-"""The Triton kernels of `rows/triton.py`, which launches them.
+"""The Triton kernels that sweep rows whose statistics are known, and those that need none; `lanes.py` makes them.
 
-R rows, V tokens, T teachers padded to TP, S pieces a row: program (r, s) reads piece s of row r tile by tile. z holds
-the logits of every head, and a kernel finds its teachers by head number, HEAD_BITS bits each in one int64. Sums are in
-the logits' dtype, fp32 or fp64; offsets are 64-bit, for row 14,123 of 152,064 columns starts past 2**31.
+R rows, V tokens, T teachers, S pieces a row: program (r, s) reads piece s of row r, `count` whole tiles of BLOCK
+columns, and the last piece `rest` more, which may reach beyond V. Threads exchange nothing inside a loop over tiles.
 """
 
 import triton
 import triton.language as tl
 
-# numbers that differ from chunk to chunk: no compilation of their own for a 1 or a multiple of 16
-VARYING = ("R", "student", "heads", "tiles_per_split")
+from .lanes import VARYING, _exp, _head_row
 
-
-@triton.jit
-def _fold(x, delta, cols, m, top, tail, offset, moment):
-    """Adds a tile to running statistics: x (P, B) logits, delta (P, B) what the moment is of; P may be 1."""
-    tile_m = tl.max(x, 1)
-    tile_top = tl.min(tl.where(x == tile_m[:, None], cols[None, :], 2147483647), 1)
-    is_top = cols[None, :] == tile_top[:, None]
-    # a tile without any mass has no finite largest logit to subtract
-    base = tl.where(tile_m == float("-inf"), 0.0, tile_m)
-    e = tl.where(is_top, 0.0, tl.exp(x - base[:, None]))
-    tile_tail = tl.sum(e, 1)
-    tile_offset = tl.sum(tl.where(is_top, delta, 0.0), 1)
-    tile_moment = tl.sum(e * tl.where(e > 0, delta - tile_offset[:, None], 0.0), 1)
-
-    keep = m >= tile_m
-    largest = tl.where(keep, m, tile_m)
-    old = tl.where(m == float("-inf"), 0.0, tl.exp(m - largest))
-    new = tl.where(tile_m == float("-inf"), 0.0, tl.exp(tile_m - largest))
-    moved_new = new * (tile_moment + (1 + tile_tail) * (tile_offset - offset))
-    moved_old = old * (moment + (1 + tail) * (offset - tile_offset))
-    # an infinite offset: mass where the other side has none
-    moved_new = tl.where(tile_offset == float("inf"), float("inf"), moved_new)
-    moved_old = tl.where(offset == float("inf"), float("inf"), moved_old)
-    moment = tl.where(keep, moment + tl.where(new > 0, moved_new, 0.0), tile_moment + tl.where(old > 0, moved_old, 0.0))
-    tail = tl.where(keep, tail + new * (1 + tile_tail), tile_tail + old * (1 + tail))
-    offset = tl.where(keep, offset, tile_offset)
-    top = tl.where(keep, top, tile_top)
-    return largest, top, tail, offset, moment
+LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
 def _expm1(x):
-    """exp(x) - 1 for x <= 0, without cancellation near 0."""
-    series = 1 + x / 7
+    """exp(x) - 1 for x <= 0, without cancellation near 0: its Taylor series there, by Horner's rule."""
     if x.dtype == tl.float64:
-        series = 1 + x / 7 * (1 + x / 8 * (1 + x / 9 * (1 + x / 10 * (1 + x / 11 * (1 + x / 12 * (1 + x / 13))))))
-    series = x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6 * series)))))
-    return tl.where(x > -0.25, series, tl.exp(x) - 1)
+        series = x * (1 / 87178291200) + 1 / 6227020800
+        series = ((series * x + 1 / 479001600) * x + 1 / 39916800) * x + 1 / 3628800
+        series = ((series * x + 1 / 362880) * x + 1 / 40320) * x + 1 / 5040
+        series = series * x + 1 / 720
+    else:
+        series = x * (1 / 5040) + 1 / 720
+    series = (((series * x + 1 / 120) * x + 1 / 24) * x + 1 / 6) * x + 0.5
+    return tl.where(x > -0.25, series * x * x + x, _exp(x) - 1)
+
+
+@triton.jit
+def _log1p(x):
+    """log(1 + x) for x > -1: 1 + x is 2**k (1 + f), with f free of the rounding of 1 + x."""
+    w = 1 + x
+    if x.dtype == tl.float64:
+        gap = w - 1
+        return tl.where(gap == 0, x, tl.log(w) * (x / tl.where(gap == 0, 1.0, gap)))
+    else:
+        k = (w.to(tl.int32, bitcast=True) - 0x3F2AAAAB) & -0x800000
+        scale = (0x3F800000 - k).to(tl.float32, bitcast=True)
+        f = x * scale + (scale - 1)
+        # log(1 + f) within 2e-8 for |f| <= 1/3, by least squares
+        series = f * (f * (f * 0.14032766 - 0.15420598) + 0.13995583) - 0.1641001
+        series = f * (f * (f * (f * series + 0.20011085) - 0.25008145) + 0.33333203) - 0.49999931
+        return f * f * series + f + k.to(tl.float32) * (LN2 / 8388608)
 
 
 @triton.jit
 def _softcap_kernel(
-    z_ptr,  # (count,)
+    z_ptr,  # (size,)
     cap_ptr,  # (1,)
-    count,
+    size,
     BLOCK: tl.constexpr,
 ):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < count
+    inside = at < size
     cap = tl.load(cap_ptr)
     x = tl.load(z_ptr + at, mask=inside, other=0.0) / cap
     less = _expm1(-2 * tl.abs(x))
     t = cap * (less / (2 + less))
     tl.store(z_ptr + at, tl.where(x > 0, -t, t), mask=inside)
-
-
-@triton.jit
-def _log1p(x):
-    """log(1 + x) for x > -1: the rounding of 1 + x is divided out again."""
-    w = 1 + x
-    gap = w - 1
-    return tl.where(gap == 0, x, tl.log(w) * (x / tl.where(gap == 0, 1.0, gap)))
-
-
-@triton.jit
-def _teacher_rows(z_ptr, heads, row, stride_head, V, T: tl.constexpr, TP: tl.constexpr, BITS: tl.constexpr):
-    j = tl.arange(0, TP)
-    # padding lanes read teacher 0 again; their results are never stored
-    head = (heads >> (BITS * tl.where(j < T, j, 0)).to(tl.int64)) & ((1 << BITS) - 1)
-    return j, z_ptr + head * stride_head + row * V
-
-
-@triton.jit(do_not_specialize=VARYING)
-def _kl_stats_kernel(
-    z_ptr,  # (H, R, V)
-    max_ptr,  # (R, S)
-    top_ptr,  # (R, S) int32
-    tail_ptr,  # (R, S)
-    moment_ptr,  # (T, R, S)
-    t_max_ptr,  # (T, R, S)
-    t_top_ptr,  # (T, R, S) int32
-    t_tail_ptr,  # (T, R, S)
-    t_moment_ptr,  # (T, R, S)
-    R,
-    V,
-    stride_head,
-    student,
-    heads,
-    tiles_per_split,
-    T: tl.constexpr,
-    TP: tl.constexpr,
-    BITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    split = tl.program_id(1)
-    S = tl.num_programs(1)
-    s_ptr = z_ptr + student.to(tl.int64) * stride_head + row * V
-    j, t_ptr = _teacher_rows(z_ptr, heads, row, stride_head, V, T, TP, BITS)
-    start = split * tiles_per_split * BLOCK
-
-    dtype = z_ptr.dtype.element_ty
-    one = tl.zeros([1], dtype)
-    zero = tl.zeros([TP], dtype)
-    m, top, tail = one - float("inf"), (one + start).to(tl.int32), one
-    offset, moment = zero, zero
-    t_m, t_top, t_tail = zero - float("inf"), (zero + start).to(tl.int32), zero
-    t_offset, t_moment = zero, zero
-    for i in range(tiles_per_split):
-        cols = start + i * BLOCK + tl.arange(0, BLOCK)
-        inside = cols < V
-        s = tl.load(s_ptr + cols, mask=inside, other=float("-inf"))[None, :]
-        t = tl.load(t_ptr[:, None] + cols[None, :], mask=inside[None, :], other=float("-inf"))
-        m, top, tail, offset, moment = _fold(s, s - t, cols, m, top, tail, offset, moment)
-        t_m, t_top, t_tail, t_offset, t_moment = _fold(t, t - s, cols, t_m, t_top, t_tail, t_offset, t_moment)
-    here = row * S + split + tl.zeros([1], tl.int64)
-    tl.store(max_ptr + here, m)
-    tl.store(top_ptr + here, top)
-    tl.store(tail_ptr + here, tail)
-    each = here + j.to(tl.int64) * R * S
-    real = j < T
-    tl.store(moment_ptr + each, moment, mask=real)
-    tl.store(t_max_ptr + each, t_m, mask=real)
-    tl.store(t_top_ptr + each, t_top, mask=real)
-    tl.store(t_tail_ptr + each, t_tail, mask=real)
-    tl.store(t_moment_ptr + each, t_moment, mask=real)
 
 
 @triton.jit
@@ -151,12 +71,41 @@ def _log_mix(s, t, s_max, t_max, norm_gap, beta, rest, ONE_SIDED: tl.constexpr):
     mix = _log1p(grown)
     small = near - mix
     if ONE_SIDED:
-        ratio = tl.exp(near)
+        ratio = _exp(near)
         mix = tl.where(grown > -0.5, mix, tl.log(other + share * ratio))
         beyond = -other * less / tl.where(ratio > 0, ratio, 1.0)
         by_itself = (ratio > 0) & (beyond < 1)
         small = tl.where(by_itself, -_log1p(tl.where(by_itself, beyond, 0.0)), near - mix)
     return tl.where(r < 0, small, -mix), tl.where(r < 0, -mix, small)
+
+
+@triton.jit
+def _number(number_ptr, j, R, row):
+    """Teacher j's number of this row, of (T, R)."""
+    return tl.load(number_ptr + j * R.to(tl.int64) + row)
+
+
+@triton.jit
+def _line(row_ptr, cols, V, beyond, MASKED: tl.constexpr):
+    return tl.load(row_ptr + cols, mask=cols < V, other=beyond) if MASKED else tl.load(row_ptr + cols)
+
+
+@triton.jit
+def _add_jsd(sums, numbers, s_ptr, t_ptrs, cols, V, T: tl.constexpr, ONE_SIDED: tl.constexpr, MASKED: tl.constexpr):
+    s_max, inv, top, beta, rest, each = numbers
+    s = _line(s_ptr, cols, V, float("-inf"), MASKED)
+    p = _exp(s - s_max) * inv
+    result = ()
+    for j in tl.static_range(T):
+        to_teacher, to_student, moment = sums[j]
+        t_max, t_inv, gap, u_top = each[j]
+        t = _line(t_ptrs[j], cols, V, float("-inf"), MASKED)
+        u, w = _log_mix(s, t, s_max, t_max, gap, beta, rest, ONE_SIDED)
+        to_teacher += _exp(t - t_max) * t_inv * w
+        to_student += p * u
+        moment += tl.where(cols == top, 0.0, p * (u - u_top))
+        result = result + ((to_teacher, to_student, moment),)
+    return result
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -179,10 +128,10 @@ def _jsd_sums_kernel(
     stride_head,
     student,
     heads,
-    tiles_per_split,
+    count,
+    rest,
     ONE_SIDED: tl.constexpr,
     T: tl.constexpr,
-    TP: tl.constexpr,
     BITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -190,43 +139,68 @@ def _jsd_sums_kernel(
     split = tl.program_id(1)
     S = tl.num_programs(1)
     s_ptr = z_ptr + student.to(tl.int64) * stride_head + row * V
-    j, t_ptr = _teacher_rows(z_ptr, heads, row, stride_head, V, T, TP, BITS)
-    start = split * tiles_per_split * BLOCK
-    real = j < T
-    each = j.to(tl.int64) * R + row
-    s_max, inv = tl.load(max_ptr + row), tl.load(inv_ptr + row)
-    top = tl.load(top_ptr + row)
-    t_max = tl.load(t_max_ptr + each, mask=real, other=0.0)[:, None]
-    t_inv = tl.load(t_inv_ptr + each, mask=real, other=0.0)[:, None]
-    gap = tl.load(gap_ptr + each, mask=real, other=0.0)[:, None]
-    u_top = tl.load(u_top_ptr + each, mask=real, other=0.0)[:, None]
-
-    zero = tl.zeros([TP], z_ptr.dtype.element_ty)
-    to_teacher, to_student, moment = zero, zero, zero
-    for i in range(tiles_per_split):
+    start = split * count * BLOCK
+    zero = tl.zeros([BLOCK], z_ptr.dtype.element_ty)
+    t_ptrs, each, sums = (), (), ()
+    for j in tl.static_range(T):
+        t_ptrs = t_ptrs + (_head_row(z_ptr, heads, j, row, stride_head, V, BITS),)
+        t_max, t_inv = _number(t_max_ptr, j, R, row), _number(t_inv_ptr, j, R, row)
+        each = each + ((t_max, t_inv, _number(gap_ptr, j, R, row), _number(u_top_ptr, j, R, row)),)
+        sums = sums + ((zero, zero, zero),)
+    s_max, inv, top = tl.load(max_ptr + row), tl.load(inv_ptr + row), tl.load(top_ptr + row).to(tl.int32)
+    numbers = (s_max, inv, top, tl.load(beta_ptr), tl.load(rest_ptr), each)
+    for i in range(count):
         cols = start + i * BLOCK + tl.arange(0, BLOCK)
-        inside = cols < V
-        s = tl.load(s_ptr + cols, mask=inside, other=float("-inf"))[None, :]
-        t = tl.load(t_ptr[:, None] + cols[None, :], mask=inside[None, :], other=float("-inf"))
-        u, w = _log_mix(s, t, s_max, t_max, gap, tl.load(beta_ptr), tl.load(rest_ptr), ONE_SIDED)
-        p = tl.exp(s - s_max) * inv
-        to_teacher += tl.sum(tl.exp(t - t_max) * t_inv * w, 1)
-        to_student += tl.sum(p * u, 1)
-        moment += tl.sum(tl.where(cols[None, :] == top, 0.0, p * (u - u_top)), 1)
-    out = each * S + split
-    tl.store(to_teacher_ptr + out, to_teacher, mask=real)
-    tl.store(to_student_ptr + out, to_student, mask=real)
-    tl.store(moment_ptr + out, moment, mask=real)
+        sums = _add_jsd(sums, numbers, s_ptr, t_ptrs, cols, V, T, ONE_SIDED, False)
+    if split == S - 1:
+        for i in range(rest):
+            cols = start + (count + i) * BLOCK + tl.arange(0, BLOCK)
+            sums = _add_jsd(sums, numbers, s_ptr, t_ptrs, cols, V, T, ONE_SIDED, True)
+    for j in tl.static_range(T):
+        out = (j * R.to(tl.int64) + row) * S + split
+        tl.store(to_teacher_ptr + out, tl.sum(sums[j][0], 0))
+        tl.store(to_student_ptr + out, tl.sum(sums[j][1], 0))
+        tl.store(moment_ptr + out, tl.sum(sums[j][2], 0))
 
 
 @triton.jit
-def _store_dlogits(ptr, g, z, cap_ptr, weighted, inside, HAS_CAP: tl.constexpr):
+def _store_dlogits(ptr, g, z, cap_ptr, weighted, inside, HAS_CAP: tl.constexpr, MASKED: tl.constexpr):
     """Through the softcap, into the GEMM's dtype; 0 in a row without weight, whatever it holds."""
     if HAS_CAP:
         cap = tl.load(cap_ptr)
-        g = g * (1 - (z / cap) * (z / cap))
+        # the differences are exact near the cap
+        g = g * ((cap - z) * (cap + z)) * (1 / (cap * cap))
     g = tl.where(weighted, g, 0.0)
-    tl.store(ptr, g.to(ptr.dtype.element_ty), mask=inside)
+    if MASKED:
+        tl.store(ptr, g.to(ptr.dtype.element_ty), mask=inside)
+    else:
+        tl.store(ptr, g.to(ptr.dtype.element_ty))
+
+
+@triton.jit
+def _write_kl(
+    numbers, s_ptr, t_ptrs, out_ptr, cap_ptr, cols, V, T: tl.constexpr, REVERSE: tl.constexpr, FORWARD: tl.constexpr,
+    ONE_SIDED: tl.constexpr, HAS_CAP: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    s_max, inv, top, centre, at_top, weighted, beta, rest, each = numbers
+    s = _line(s_ptr, cols, V, float("-inf"), MASKED)
+    p = _exp(s - s_max) * inv
+    a = tl.zeros_like(s) - centre
+    b = tl.zeros_like(s)
+    for j in tl.static_range(T):
+        weight, offset, t_max, t_weight, gap = each[j]
+        t = _line(t_ptrs[j], cols, V, float("-inf"), MASKED)
+        if REVERSE:
+            a += weight * (s - t - offset)
+        elif not FORWARD:
+            u, _ = _log_mix(s, t, s_max, t_max, gap, beta, rest, ONE_SIDED)
+            a += weight * (u - offset)
+        if FORWARD:
+            b += t_weight * _exp(t - t_max)
+    # no mass: nothing, however far the teachers are
+    g = tl.where(p == 0, 0.0, p * a) - b
+    g = tl.where(cols == top, at_top, g)
+    _store_dlogits(out_ptr + cols, g, s, cap_ptr, weighted, cols < V, HAS_CAP, MASKED)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -251,80 +225,60 @@ def _kl_grad_kernel(
     stride_head,
     student,
     heads,
-    tiles_per_split,
+    count,
+    rest,
     REVERSE: tl.constexpr,
     FORWARD: tl.constexpr,
     ONE_SIDED: tl.constexpr,
     HAS_CAP: tl.constexpr,
     T: tl.constexpr,
-    TP: tl.constexpr,
     BITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     s_ptr = z_ptr + student.to(tl.int64) * stride_head + row * V
-    j, t_ptr = _teacher_rows(z_ptr, heads, row, stride_head, V, T, TP, BITS)
-    start = split * tiles_per_split * BLOCK
-    real = j < T
-    each = j.to(tl.int64) * R + row
+    out_ptr = dlogits_ptr + row * V
+    start = split * count * BLOCK
     s_max, inv = tl.load(max_ptr + row), tl.load(inv_ptr + row)
-    top, centre, at_top = tl.load(top_ptr + row), tl.load(centre_ptr + row), tl.load(at_top_ptr + row)
-    weight = tl.load(weight_ptr + each, mask=real, other=0.0)[:, None]
-    weighted = tl.sum((weight != 0).to(tl.int32)) > 0
-    offset = tl.load(offset_ptr + each, mask=real, other=0.0)[:, None]
-    t_max = tl.load(t_max_ptr + each, mask=real, other=0.0)[:, None]
-    t_weight = tl.load(t_weight_ptr + each, mask=real, other=0.0)[:, None]
-    gap = tl.load(gap_ptr + each, mask=real, other=0.0)[:, None]
-
-    for i in range(tiles_per_split):
+    top, centre, at_top = tl.load(top_ptr + row).to(tl.int32), tl.load(centre_ptr + row), tl.load(at_top_ptr + row)
+    t_ptrs, each, total = (), (), 0.0
+    for j in tl.static_range(T):
+        weight, offset = _number(weight_ptr, j, R, row), _number(offset_ptr, j, R, row)
+        t_max, gap = _number(t_max_ptr, j, R, row), _number(gap_ptr, j, R, row)
+        # a teacher without weight is the student itself: whatever its logits are, they are not read
+        idle = weight == 0
+        total += tl.abs(weight)
+        t_ptrs = t_ptrs + (tl.where(idle, s_ptr, _head_row(z_ptr, heads, j, row, stride_head, V, BITS)),)
+        offset, gap, t_max = tl.where(idle, 0.0, offset), tl.where(idle, 0.0, gap), tl.where(idle, s_max, t_max)
+        each = each + ((weight, offset, t_max, _number(t_weight_ptr, j, R, row), gap),)
+    numbers = (s_max, inv, top, centre, at_top, total != 0, tl.load(beta_ptr), tl.load(rest_ptr), each)
+    for i in range(count):
         cols = start + i * BLOCK + tl.arange(0, BLOCK)
-        inside = cols < V
-        s = tl.load(s_ptr + cols, mask=inside, other=float("-inf"))
-        t = tl.load(t_ptr[:, None] + cols[None, :], mask=inside[None, :], other=float("-inf"))
-        p = tl.exp(s - s_max) * inv
-        g = -centre * p
-        if REVERSE:
-            x = s[None, :] - t - offset
-            g += p * tl.sum(tl.where((weight == 0) | (p == 0)[None, :], 0.0, weight * x), 0)
-        elif not FORWARD:
-            u, _ = _log_mix(s[None, :], t, s_max, t_max, gap, tl.load(beta_ptr), tl.load(rest_ptr), ONE_SIDED)
-            g += p * tl.sum(weight * (u - offset), 0)
-        if FORWARD:
-            q = t_weight * tl.exp(t - t_max)
-            g -= tl.sum(tl.where(t_weight == 0, 0.0, q), 0)
-        g = tl.where(cols == top, at_top, g)
-        _store_dlogits(dlogits_ptr + row * V + cols, g, s, cap_ptr, weighted, inside, HAS_CAP)
+        _write_kl(
+            numbers, s_ptr, t_ptrs, out_ptr, cap_ptr, cols, V, T, REVERSE, FORWARD, ONE_SIDED, HAS_CAP, False
+        )  # fmt: skip
+    if split == tl.num_programs(1) - 1:
+        for i in range(rest):
+            cols = start + (count + i) * BLOCK + tl.arange(0, BLOCK)
+            _write_kl(
+                numbers, s_ptr, t_ptrs, out_ptr, cap_ptr, cols, V, T, REVERSE, FORWARD, ONE_SIDED, HAS_CAP, True
+            )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=VARYING[3:])
-def _logprob_stats_kernel(
-    z_ptr,  # (R, V)
-    max_ptr,  # (R, S)
-    top_ptr,  # (R, S) int32
-    tail_ptr,  # (R, S)
-    moment_ptr,  # (R, S)
-    V,
-    tiles_per_split,
-    BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    split = tl.program_id(1)
-    start = split * tiles_per_split * BLOCK
-    zero = tl.zeros([1], z_ptr.dtype.element_ty)
-    m, top, tail, offset, moment = zero - float("inf"), (zero + start).to(tl.int32), zero, zero, zero
-    for i in range(tiles_per_split):
-        cols = start + i * BLOCK + tl.arange(0, BLOCK)
-        z = tl.load(z_ptr + row * V + cols, mask=cols < V, other=float("-inf"))[None, :]
-        m, top, tail, offset, moment = _fold(z, z, cols, m, top, tail, offset, moment)
-    here = row * tl.num_programs(1) + split + tl.zeros([1], tl.int64)
-    tl.store(max_ptr + here, m)
-    tl.store(top_ptr + here, top)
-    tl.store(tail_ptr + here, tail)
-    tl.store(moment_ptr + here, moment)
+@triton.jit
+def _write_logprob(numbers, row_ptr, out_ptr, cap_ptr, cols, V, HAS_CAP: tl.constexpr, MASKED: tl.constexpr):
+    token, top, z_max, inv, mean, dlogp, dentropy, dlse, at_top, weighted = numbers
+    z = _line(row_ptr, cols, V, float("-inf"), MASKED)
+    x = z - z_max
+    p = _exp(x) * inv
+    g = p * (dlse - dlogp - dentropy * (x - mean))
+    g = tl.where(p == 0, 0.0, g) + tl.where(cols == token, dlogp, 0.0)
+    g = tl.where(cols == top, at_top, g)
+    _store_dlogits(out_ptr + cols, g, z, cap_ptr, weighted, cols < V, HAS_CAP, MASKED)
 
 
-@triton.jit(do_not_specialize=VARYING[3:])
+@triton.jit(do_not_specialize=VARYING)
 def _logprob_grad_kernel(
     z_ptr,  # (R, V)
     dlogits_ptr,  # (R, V), may be the logits
@@ -339,27 +293,37 @@ def _logprob_grad_kernel(
     at_top_ptr,  # (R,)
     cap_ptr,  # (1,)
     V,
-    tiles_per_split,
+    count,
+    rest,
     HAS_CAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    start = tl.program_id(1) * tiles_per_split * BLOCK
-    token, top = tl.load(token_ptr + row), tl.load(top_ptr + row)
+    split = tl.program_id(1)
+    row_ptr, out_ptr = z_ptr + row * V, dlogits_ptr + row * V
+    start = split * count * BLOCK
+    token, top = tl.load(token_ptr + row), tl.load(top_ptr + row).to(tl.int32)
+    # an id beyond 32 bits is no column
+    token = tl.where((token >= 0) & (token < V), token, -1).to(tl.int32)
     z_max, inv, mean = tl.load(max_ptr + row), tl.load(inv_ptr + row), tl.load(mean_ptr + row)
     dlogp, dentropy, dlse = tl.load(dlogp_ptr + row), tl.load(dentropy_ptr + row), tl.load(dlse_ptr + row)
-    at_top = tl.load(at_top_ptr + row)
     weighted = (dlogp != 0) | (dentropy != 0) | (dlse != 0)
-    for i in range(tiles_per_split):
+    numbers = (token, top, z_max, inv, mean, dlogp, dentropy, dlse, tl.load(at_top_ptr + row), weighted)
+    for i in range(count):
         cols = start + i * BLOCK + tl.arange(0, BLOCK)
-        inside = cols < V
-        z = tl.load(z_ptr + row * V + cols, mask=inside, other=float("-inf"))
-        x = z - z_max
-        p = tl.exp(x) * inv
-        g = p * (dlse - dlogp - dentropy * tl.where(p > 0, x - mean, 0.0))
-        g += tl.where(cols == token, dlogp, 0.0)
-        g = tl.where(cols == top, at_top, g)
-        _store_dlogits(dlogits_ptr + row * V + cols, g, z, cap_ptr, weighted, inside, HAS_CAP)
+        _write_logprob(numbers, row_ptr, out_ptr, cap_ptr, cols, V, HAS_CAP, False)
+    if split == tl.num_programs(1) - 1:
+        for i in range(rest):
+            cols = start + (count + i) * BLOCK + tl.arange(0, BLOCK)
+            _write_logprob(numbers, row_ptr, out_ptr, cap_ptr, cols, V, HAS_CAP, True)
+
+
+@triton.jit
+def _teacher_rows(z_ptr, heads, row, stride_head, V, T: tl.constexpr, TP: tl.constexpr, BITS: tl.constexpr):
+    j = tl.arange(0, TP)
+    # padding lanes read teacher 0 again; their results are never stored
+    head = (heads >> (BITS * tl.where(j < T, j, 0)).to(tl.int64)) & ((1 << BITS) - 1)
+    return j, z_ptr + head * stride_head + row * V
 
 
 @triton.jit(do_not_specialize=VARYING[:3])

@@ -18,12 +18,11 @@ from torch import Tensor
 from .kernels import (
     _jsd_sums_kernel,
     _kl_grad_kernel,
-    _kl_stats_kernel,
     _logprob_grad_kernel,
-    _logprob_stats_kernel,
     _overlap_kernel,
     _softcap_kernel,
 )
+from .lanes import _kl_stats_kernel, _logprob_stats_kernel
 from .stats import Side, divergence_from, kl_gradient, log_mix, logprob_at_top, merge, norm_gap
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -40,11 +39,13 @@ def on_its_device(f: F) -> F:
     return cast(F, run)
 
 
-# one tile of logits: 16 fp32 a thread and tensor, four 16-byte loads
-TILE = 4096
+NUM_WARPS = 8
+# one lane of the statistics a thread; it reads two groups of four columns a tile
+LANES, SPANS = 32 * NUM_WARPS, 2
+# columns of a tile elsewhere: 8 fp32 a thread and tensor, two 16-byte loads
+TILE = 2048
 # counting equals along a row holds more registers
 COUNT_TILE = 2048
-NUM_WARPS = 8
 # enough programs to fill a GPU several times over
 PROGRAMS = 4096
 # the teachers' head numbers travel in one int64, five bits each
@@ -55,10 +56,11 @@ MAX_TEACHERS = 12
 @on_its_device
 def logprob(z: Tensor) -> Side:
     _, R, V = z.shape
-    BLOCK, S, tiles = pieces(R, V, 1)
+    U = spans(z)
+    S, *tiles = pieces(R, V, 4 * LANES * U)
     m, tail, moment = (z.new_empty(R, S) for _ in range(3))
     top = torch.empty(R, S, dtype=torch.int32, device=z.device)
-    _logprob_stats_kernel[(R, S)](z, m, top, tail, moment, V, tiles, BLOCK=BLOCK, num_warps=NUM_WARPS)
+    _logprob_stats_kernel[(R, S)](z, m, top, tail, moment, V, *tiles, LANES=LANES, U=U, num_warps=NUM_WARPS)
     return merge(Side(m, ids(top, V), tail, torch.zeros_like(m), moment)).distribution()
 
 
@@ -75,7 +77,8 @@ def logprob_grad(
 ) -> None:
     _, R, V = z.shape
     at_top = logprob_at_top(side, tokens, dlogp, dentropy, dlse)
-    BLOCK, S, tiles = pieces(R, V, 1)
+    BLOCK = block(z, 1)
+    S, *tiles = pieces(R, V, BLOCK)
     _logprob_grad_kernel[(R, S)](
         z,
         dlogits,
@@ -90,32 +93,36 @@ def logprob_grad(
         at_top,
         number(z, cap),
         V,
-        tiles,
+        *tiles,
         HAS_CAP=cap is not None,
         BLOCK=BLOCK,
         num_warps=NUM_WARPS,
     )
 
 
-def sides(z: Tensor, student: int, teachers: list[int]) -> tuple[Side, Side, tuple[int, ...], int, dict[str, int]]:
-    """The student beside each teacher and each teacher beside the student, (T, R); and how a kernel goes over them."""
+def sides(z: Tensor, student: int, teachers: list[int]) -> tuple[Side, Side]:
+    """The student beside each teacher and each teacher beside the student, (T, R)."""
     _, R, V = z.shape
-    T = len(teachers)
-    BLOCK, S, tiles = pieces(R, V, T)
-    shape = {"T": T, "TP": triton.next_power_of_2(T), "BITS": HEAD_BITS, "BLOCK": BLOCK, "num_warps": NUM_WARPS}
-    place = (R, V, z.stride(0), student, packed(teachers))
-
+    T, U, place = len(teachers), spans(z), placed(z, student, teachers)
+    if T > 1 and z.dtype == torch.float64:  # whose statistics of several teachers do not fit the registers
+        alone = [sides(z, student, [teacher]) for teacher in teachers]
+        cross, moment = (torch.cat([getattr(s, name) for s, _ in alone]) for name in ("cross", "moment"))
+        return alone[0][0]._replace(cross=cross, moment=moment), Side(
+            *map(torch.cat, zip(*(t for _, t in alone), strict=True))
+        )
+    S, *tiles = pieces(R, V, 4 * LANES * U)
+    shape = {"T": T, "BITS": HEAD_BITS, "LANES": LANES, "U": U, "num_warps": NUM_WARPS}
     m, tail = z.new_empty(R, S), z.new_empty(R, S)
     moment, t_m, t_tail, t_moment = (z.new_empty(T, R, S) for _ in range(4))
     top = torch.empty(R, S, dtype=torch.int32, device=z.device)
     t_top = torch.empty(T, R, S, dtype=torch.int32, device=z.device)
-    _kl_stats_kernel[(R, S)](z, m, top, tail, moment, t_m, t_top, t_tail, t_moment, *place, tiles, **shape)
+    _kl_stats_kernel[(R, S)](z, m, top, tail, moment, t_m, t_top, t_tail, t_moment, *place, *tiles, **shape)
     top, t_top = ids(top, V), ids(t_top, V)
     cross = torch.stack([z[j].gather(1, top) for j in teachers])
     t_cross = z[student].expand(T, R, V).gather(2, t_top)
     s = merge(Side(m, top, tail, cross, moment)).distribution()
     t = merge(Side(t_m, t_top, t_tail, t_cross, t_moment)).distribution()
-    return s, t, place, tiles, shape
+    return s, t
 
 
 @on_its_device
@@ -129,17 +136,20 @@ def kl(
     cap: float | None = None,
     dlogits: Tensor | None = None,
 ) -> Tensor:
-    s, t, place, tiles, shape = sides(z, student, teachers)
+    s, t = sides(z, student, teachers)
     T, R = t.tail.shape
-    S = -(-z.shape[2] // (tiles * shape["BLOCK"]))
+    place = placed(z, student, teachers)
+    shape = {"T": T, "BITS": HEAD_BITS, "num_warps": NUM_WARPS, "maxnreg": registers(T)}
     shares, one_sided = (number(z, beta), number(z, 1 - beta)), not 0.1 <= beta <= 0.9
     mean, offset, gap = s.mean, s.max - s.cross, norm_gap(s, t).contiguous()
     if divergence == "jsd":
+        SUMS = sums_block(z, T)
+        S, *tiles = pieces(R, z.shape[2], SUMS)
         offset, _ = log_mix(-(s.cross - t.max) - gap, beta)
         sums = z.new_empty(3, T, R, S)
         _jsd_sums_kernel[(R, S)](
-            z, s.max, s.top, s.p_top, t.max, t.p_top, gap, offset, *shares, *sums, *place, tiles, ONE_SIDED=one_sided,
-            **shape,
+            z, s.max, s.top, s.p_top, t.max, t.p_top, gap, offset, *shares, *sums, *place, *tiles, ONE_SIDED=one_sided,
+            BLOCK=SUMS, **shape,
         )  # fmt: skip
         to_teacher, to_student, moment = sums.sum(-1)
         value: Tensor = beta * to_teacher + (1 - beta) * to_student + 0 * gap
@@ -151,6 +161,8 @@ def kl(
         return value
 
     centre, at_top = kl_gradient(divergence, weight, s, t, mean)
+    BLOCK = block(z, T)
+    S, *tiles = pieces(R, z.shape[2], BLOCK)
     _kl_grad_kernel[(R, S)](
         z,
         dlogits,
@@ -167,11 +179,12 @@ def kl(
         *shares,
         number(z, cap),
         *place,
-        tiles,
+        *tiles,
         REVERSE=divergence in ("reverse", "symmetric"),
         FORWARD=divergence in ("forward", "symmetric"),
         ONE_SIDED=one_sided,
         HAS_CAP=cap is not None,
+        BLOCK=BLOCK,
         **shape,
     )
     return value
@@ -179,19 +192,19 @@ def kl(
 
 @on_its_device
 def agreement(z: Tensor, student: int, teachers: list[int], k: int) -> tuple[Tensor, Tensor, Tensor]:
-    s, t, *_ = sides(z, student, teachers)
+    s, t = sides(z, student, teachers)
     common = overlap(z, student, teachers, k)
     return common, divergence_from("forward", s, t), divergence_from("reverse", s, t)
 
 
+@on_its_device
 def overlap(z: Tensor, student: int, teachers: list[int], k: int) -> Tensor:
-    _, R, V = z.shape
-    T = len(teachers)
-    BLOCK, _, _ = pieces(R, V, T, COUNT_TILE)
+    R = z.shape[1]
+    T, place = len(teachers), placed(z, student, teachers)
+    BLOCK = COUNT_TILE // triton.next_power_of_2(T)
     least, room = boundary(z[student], k)
     t_least, t_room = (torch.stack(x) for x in zip(*(boundary(z[j], k) for j in teachers), strict=True))
     common = torch.empty(T, R, dtype=torch.int32, device=z.device)
-    place = (R, V, z.stride(0), student, packed(teachers))
     shape = {"T": T, "TP": triton.next_power_of_2(T), "BITS": HEAD_BITS, "BLOCK": BLOCK}
     _overlap_kernel[(R,)](z, least, room, t_least, t_room, common, *place, **shape, num_warps=NUM_WARPS)
     return common.to(z.dtype) / k
@@ -211,12 +224,40 @@ def boundary(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return least, (largest == least.unsqueeze(1)).sum(1)
 
 
-def pieces(R: int, V: int, T: int, tile: int = TILE) -> tuple[int, int, int]:
-    """(tokens a tile, pieces a row, tiles a piece)."""
-    BLOCK = min(tile // triton.next_power_of_2(T), max(16, triton.next_power_of_2(V)))
-    tiles = triton.cdiv(V, BLOCK)
-    per_split = triton.cdiv(tiles, min(tiles, triton.cdiv(PROGRAMS, R)))
-    return BLOCK, triton.cdiv(tiles, per_split), per_split
+def pieces(R: int, V: int, tile: int) -> tuple[int, int, int]:
+    """(pieces a row, whole tiles a piece, tiles that the last piece has beside them)."""
+    whole = V // tile
+    count = triton.cdiv(whole, triton.cdiv(PROGRAMS, R)) if whole else 0
+    S = max(1, whole // count) if count else 1
+    return S, count, triton.cdiv(V - S * count * tile, tile)
+
+
+def sums_block(z: Tensor, T: int) -> int:
+    """The same for the sweep that keeps three sums a teacher and column of the tile in registers."""
+    if z.dtype == torch.float64 or T > 4:
+        return LANES
+    return LANES * (4 if T == 1 else 2)
+
+
+def block(z: Tensor, T: int) -> int:
+    """Columns a tile of a sweep that knows its row's statistics; fewer where teachers or doubles fill registers."""
+    if T > 4:
+        return TILE // 8
+    if z.dtype == torch.float64:
+        return TILE // 4
+    return TILE // (2 if T > 2 else 1)
+
+
+def registers(T: int) -> int | None:
+    """Of a thread: many teachers' numbers need more than the compiler takes by itself."""
+    return 168 if T > 4 else None
+
+
+def spans(z: Tensor) -> int:
+    """Groups of four columns that a lane reads a tile; one in the interpreter, where it is operations that cost."""
+    if triton.knobs.runtime.interpret:
+        return 1
+    return 1 if z.dtype == torch.float64 else SPANS
 
 
 def number(z: Tensor, value: float | None) -> Tensor:
@@ -229,11 +270,13 @@ def ids(top: Tensor, V: int) -> Tensor:
     return top.to(torch.int64).clamp_(0, V - 1)
 
 
-def packed(heads: list[int]) -> int:
-    if len(heads) > MAX_TEACHERS:
-        rule = f"number at most {MAX_TEACHERS} for backend 'triton'; got {len(heads)}; use backend='torch'"
+def placed(z: Tensor, student: int, teachers: list[int]) -> tuple[int, ...]:
+    """Where a kernel finds its heads: R, V, the way from head to head, the student, and the teachers in one number."""
+    if len(teachers) > MAX_TEACHERS:
+        rule = f"number at most {MAX_TEACHERS} for backend 'triton'; got {len(teachers)}; use backend='torch'"
         raise NotImplementedError(f"kl: teachers must {rule}")
-    if max(heads) >= 1 << HEAD_BITS:
-        rule = f"number at most {1 << HEAD_BITS} for backend 'triton'; got {max(heads) + 1}; use backend='torch'"
+    if max(teachers) >= 1 << HEAD_BITS:
+        rule = f"number at most {1 << HEAD_BITS} for backend 'triton'; got {z.shape[0]}; use backend='torch'"
         raise NotImplementedError(f"mutual_kl: heads must {rule}")
-    return sum(head << (HEAD_BITS * j) for j, head in enumerate(heads))
+    _, R, V = z.shape
+    return R, V, z.stride(0), student, sum(head << (HEAD_BITS * j) for j, head in enumerate(teachers))

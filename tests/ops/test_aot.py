@@ -13,8 +13,10 @@ triton = pytest.importorskip("triton")
 
 # compiling needs the real `triton.jit`, which the interpreter replaces at import
 SCRIPT = """
+import itertools
 import sys
 from pathlib import Path
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -22,19 +24,26 @@ from copd_kernels.rows import triton as rows
 
 IDS = {"token_ptr": "*i64", "top_ptr": "*i64", "room_ptr": "*i64", "t_room_ptr": "*i64", "common_ptr": "*i32"}
 PIECE_IDS = {"top_ptr": "*i32", "t_top_ptr": "*i32"}
-NUMBERS = dict.fromkeys(("R", "V", "student", "tiles_per_split"), "i32")
+NUMBERS = dict.fromkeys(("R", "V", "student", "count", "rest"), "i32")
 arch, folder = int(sys.argv[1]), Path(sys.argv[2])
-teachers = [{"T": T, "TP": triton.next_power_of_2(T)} for T in (1, 3)]
-directions = [(r, f) for r in (False, True) for f in (False, True)]
 
-def variants(name, names):
-    for tile in teachers if "T" in names else [{}]:
-        whole = rows.COUNT_TILE if "overlap" in name else rows.TILE
-        block = {"BLOCK": whole // tile.get("TP", 1)}
-        shape = {k: v for k, v in (tile | block | {"BITS": rows.HEAD_BITS}).items() if k in names}
-        for cap in (False, True) if "HAS_CAP" in names else (None,):
-            for r, f in directions if "REVERSE" in names else [(None, None)]:
-                yield shape | {k: v for k, v in (("HAS_CAP", cap), ("REVERSE", r), ("FORWARD", f)) if v is not None}
+def variants(name, names, logits):
+    '''Every switch of a kernel, at the sizes that rows/triton.py launches it with.'''
+    like = torch.empty(0, dtype=torch.float64 if logits == "fp64" else torch.float32)
+    choices = {"REVERSE": (False, True), "FORWARD": (False, True), "ONE_SIDED": (False, True), "HAS_CAP": (False, True)}
+    choices = {k: v for k, v in choices.items() if k in names}
+    for T in (1, 3, 4, rows.MAX_TEACHERS) if "T" in names else (1,):
+        sizes = {"T": T, "TP": triton.next_power_of_2(T), "BITS": rows.HEAD_BITS, "LANES": rows.LANES}
+        sizes |= {"U": rows.spans(like), "BLOCK": rows.block(like, T)}
+        if "overlap" in name:
+            sizes["BLOCK"] = rows.COUNT_TILE // sizes["TP"]
+        if "sums" in name:
+            sizes["BLOCK"] = rows.sums_block(like, T)
+        for chosen in itertools.product(*choices.values()):
+            switches = dict(zip(choices, chosen))
+            if switches.get("ONE_SIDED") and (switches.get("REVERSE") or switches.get("FORWARD")):
+                continue  # of the JSD alone
+            yield {k: v for k, v in sizes.items() if k in names} | switches
 
 def argument_type(kernel, argument, logits, dlogits):
     ids = IDS | PIECE_IDS if "stats" in kernel else IDS
@@ -42,25 +51,39 @@ def argument_type(kernel, argument, logits, dlogits):
         return "*" + dlogits
     return ids.get(argument) or NUMBERS.get(argument) or ("*" + logits if argument.endswith("_ptr") else "i64")
 
+def compile(name, kernel, logits, dlogits, constants, label, unit=()):
+    names = kernel.arg_names
+    constants = constants | dict.fromkeys(unit, 1)
+    signature = {a: argument_type(name, a, logits, dlogits) for a in names} | dict.fromkeys(constants, "constexpr")
+    # sizes are multiples of 16, as real vocabularies are: what makes the loads 16 bytes wide
+    aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(names)
+               if a.endswith("_ptr") or (a in ("V", "stride_head", "size") and a not in unit)}
+    options = {"num_warps": rows.NUM_WARPS}
+    if name in ("_kl_grad_kernel", "_jsd_sums_kernel"):
+        options["maxnreg"] = rows.registers(constants["T"])
+    source = ASTSource(kernel, signature, constants, aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    (folder / f"{name}-{label}.cubin").write_bytes(compiled.asm["cubin"])
+    (folder / f"{name}-{label}.ptx").write_text(compiled.asm["ptx"])
+
 for name, kernel in vars(rows).items():
     if not name.endswith("_kernel"):
         continue
     names = kernel.arg_names
-    for logits, dlogits in (("fp32", "bf16"), ("fp32", "fp32"), ("fp32", "fp16")):
-        # every variant in the dtype of real models; what the stores of the others do is in any one variant
-        some = 1 if dlogits != "bf16" else None
-        if some and "dlogits_ptr" not in names:
-            continue
-        for n, constants in enumerate(list(variants(name, names))[:some]):
-            signature = {a: argument_type(name, a, logits, dlogits) for a in names}
-            signature |= dict.fromkeys(constants, "constexpr")
-            # sizes are multiples of 16, as real vocabularies are: what makes the loads 16 bytes wide
-            aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(names)
-                       if a.endswith("_ptr") or a in ("V", "stride_head", "count")}
-            source = ASTSource(kernel, signature, constants, aligned)
-            compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": rows.NUM_WARPS})
-            (folder / f"{name}-{dlogits}-{n}.cubin").write_bytes(compiled.asm["cubin"])
-            (folder / f"{name}-{dlogits}-{n}.ptx").write_text(compiled.asm["ptx"])
+    # every variant in the dtype of real models; of the others those that hold the most
+    every = list(variants(name, names, "fp32"))
+    for n, constants in enumerate(every):
+        # one or two columns a thread: the sums of several teachers leave no registers for four
+        narrow = "-narrow" if constants.get("BLOCK", 4 * rows.LANES) < 4 * rows.LANES else ""
+        compile(name, kernel, "fp32", "bf16", constants, f"bf16-{n}{narrow}")
+    for dlogits in ("fp32", "fp16") if "dlogits_ptr" in names else ():
+        compile(name, kernel, "fp32", dlogits, every[0], dlogits)
+    for n, constants in enumerate(variants(name, names, "fp64")):
+        if constants.get("T", 1) <= (1 if "kl_stats" in name else 3) and not constants.get("HAS_CAP"):
+            compile(name, kernel, "fp64", "fp64", constants, f"fp64-{n}")
+    # one token of one word: Triton puts sizes that are 1 into the code, as constants without a tensor's methods
+    unit = [a for a in ("V", "stride_head") if a in names]
+    compile(name, kernel, "fp32", "fp32", every[0], "unit", unit)
 """
 
 
@@ -76,29 +99,12 @@ def test_every_triton_kernel_compiles_without_spills(arch):
             usage = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", report.stdout.decode())
             registers, stack, local = map(int, usage.groups())
             assert (stack, local) == (0, 0), f"{cubin.stem}: {registers} registers, {stack + local} bytes spilled"
-            if "overlap" not in cubin.name:
+            if not any(kind in cubin.name for kind in ("overlap", "unit", "fp64", "narrow")):
                 assert re.search(r"ld\.global[.\w:]*\.v4\.b32", cubin.with_suffix(".ptx").read_text()), cubin.stem
 
 
 def cuobjdump() -> Path:
     return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-
-
-def test_one_token_of_one_word_compiles():
-    """Triton puts sizes that are 1 into the code, as constants without the methods of a tensor."""
-    script = SCRIPT.split("for name, kernel in vars(rows)")[0] + ONE_WORD
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    subprocess.run([sys.executable, "-c", script, "90", "."], check=True, env=environment)
-
-
-ONE_WORD = """
-for name in ("_kl_stats_kernel", "_kl_grad_kernel", "_overlap_kernel"):
-    kernel = getattr(rows, name)
-    constants = next(iter(variants(name, kernel.arg_names))) | {"V": 1, "stride_head": 1}
-    signature = {a: argument_type(name, a, "fp32", "fp32") for a in kernel.arg_names}
-    source = ASTSource(kernel, signature | dict.fromkeys(constants, "constexpr"), constants)
-    triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": rows.NUM_WARPS})
-"""
 
 
 def test_numbers_that_vary_do_not_compile_again():
@@ -107,7 +113,7 @@ from copd_kernels.rows import triton as rows
 for name, kernel in vars(rows).items():
     if name.endswith("_kernel"):
         vary = {p.name for p in kernel.params if p.do_not_specialize}
-        assert vary == {"R", "student", "heads", "tiles_per_split"} & set(kernel.arg_names), (name, vary)
+        assert vary == {"R", "student", "heads", "count", "rest"} & set(kernel.arg_names), (name, vary)
 """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     subprocess.run([sys.executable, "-c", script], check=True, env=environment)
