@@ -22,10 +22,10 @@ from copd.settings import DataConfig
 
 logger = logging.getLogger("copd")
 # settings that may change between a run and its continuation: where it runs, ...
-PLACE = {"name", "output_dir", "variant", "device", "threads", "resume", "report_to", "warmstart.cache_dir"}
+PLACE = {"name", "output_dir", "variant", "arm", "device", "threads", "resume", "report_to", "warmstart.cache_dir"}
 # ... what is kept and measured of it, how long it goes on, ...
 KEPT = {"checkpoint_every", "keep_checkpoints", "checkpoint_required", "eval", "merge", "opd.overlap_tokens"}
-LENGTH = {"cycles", "mixed_steps", "mopd_steps", "consolidate.steps"}
+LENGTH = {"cycles", "mixed_steps", "mixed_rollouts", "mopd_steps", "consolidate.steps"}
 # ... and what makes room: the sums are the same but for rounding, the samples come from the same distribution
 ROOM = {"micro_batch_tokens", "offload", "rollout.cache_tokens", "model.activation_checkpointing"}
 

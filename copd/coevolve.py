@@ -17,6 +17,7 @@ their losses add.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -82,15 +83,16 @@ def make_plan(
     `overlap()` measures how close they are.
     """
     everything = list(tasks.values())
+    # batches on which `copd` distils
+    taught = topology.cross_batches(cfg) * cfg.cycles * cfg.opd_steps + cfg.consolidate.steps
     if cfg.method == "mixed":
-        steps = cfg.steps * (1 if cfg.mixed_batch == "joint" else len(tasks))
+        batches = cfg.steps * len(tasks) + (taught if cfg.mixed_rollouts == "all" else 0)
+        steps = math.ceil(batches / len(tasks)) if cfg.mixed_batch == "joint" else batches
         return Plan([branch("mixed", everything)], ["rl"] * (cfg.mixed_steps or steps))
     if cfg.method == "mopd":
         experts = [branch(name, [task], expert(name)) for name, task in tasks.items()]
-        edges = sum(map(len, topology.teachers(cfg).values()))
-        steps = cfg.mopd_steps or edges * cfg.cycles * cfg.opd_steps + cfg.consolidate.steps
         student = branch("student", everything)
-        return Plan([student], ["opd"] * steps, {"student": experts}, native=False, in_turn=True)
+        return Plan([student], ["opd"] * (cfg.mopd_steps or taught), {"student": experts}, native=False, in_turn=True)
     branches = {name: branch(name, [tasks[name]]) for name in topology.local(list(tasks))}
     learners, after = list(branches.values()), ["consolidate"] * cfg.consolidate.steps
 
@@ -103,11 +105,11 @@ def make_plan(
         return Plan(learners, ["rl"] * cfg.steps)
     if cfg.method == "independent":
         return Plan(learners, ["rl"] * cfg.steps + after, make_student=consolidated)
-    taught = {name: [branches[teacher] for teacher in who] for name, who in topology.teachers(cfg).items()}
+    teachers = {name: [branches[teacher] for teacher in who] for name, who in topology.teachers(cfg).items()}
     plan = Plan(
         learners,
         schedule.fixed(cfg.cycles, cfg.rl_steps, cfg.opd_steps) + after,
-        taught,
+        teachers,
         native=cfg.opd.native,
         make_student=consolidated,
     )

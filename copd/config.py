@@ -36,6 +36,8 @@ class Config:
     """where runs are written"""
     variant: str = ""
     """suite the run belongs to in a study; runs of one variant are compared"""
+    arm: str = ""
+    """what the run is in that comparison, one method standing there with several settings; empty is its method"""
     method: Method = "copd"
     """`copd`; `independent`: the same branches without distillation, merged at the end; `expert`: those, unmerged;
     `mixed`: one model, all domains; `mopd`: one student of frozen experts"""
@@ -64,7 +66,10 @@ class Config:
     mixed_batch: Literal["in_turn", "joint"] = "in_turn"
     """`mixed`: a domain a step, or a batch of every domain in every step"""
     mixed_steps: int | None = None
-    """steps of `mixed`; None samples what the branches' native batches do: K times their steps, or jointly as many"""
+    """steps of `mixed`; None: as many as `mixed_rollouts` says"""
+    mixed_rollouts: Literal["native", "all"] = "native"
+    """what `mixed` samples: as much as the branches' native batches, K times their steps or jointly as many; or as all
+    of `copd` with the same settings, for distillation and consolidation too"""
     mopd_steps: int | None = None
     """steps of the `mopd` student, one teacher a step; None: the distillation batches of `copd`, consolidation's too"""
     experts: str | None = None

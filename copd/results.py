@@ -46,6 +46,7 @@ def write(
         "name": cfg.name,
         "method": cfg.method,
         "variant": cfg.variant,
+        "arm": cfg.arm or cfg.method,
         "seed": cfg.seed,
         "hub": cfg.hub or next(iter(cfg.branches)),
         "domains": list(domains),

@@ -46,6 +46,13 @@ def load(schema: type[Schema], source: str | Path | dict[str, Any] | None, overr
         raise ValueError(f"config: {str(error).splitlines()[0]}; at {getattr(error, 'full_key', '?')}") from error
 
 
+def agree(saved: Any, now: Any) -> bool:
+    """Whether two trees have equal values wherever both have one: a setting of later on is no difference."""
+    if isinstance(saved, dict) and isinstance(now, dict):
+        return all(agree(saved[name], now[name]) for name in saved.keys() & now.keys())
+    return bool(saved == now)
+
+
 def dump(cfg: Any) -> str:
     """The resolved config as YAML."""
     return OmegaConf.to_yaml(OmegaConf.structured(cfg))

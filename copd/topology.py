@@ -14,6 +14,11 @@ def teachers(cfg: Config) -> dict[str, list[str]]:
     return {name: [other for other in names if other != hub] if name == hub else [hub] for name in names}
 
 
+def cross_batches(cfg: Config) -> int:
+    """Batches of `rollout.prompts` that a step of Phase II samples for distillation, all branches together."""
+    return sum(1 if cfg.opd.batch == "split" else len(who) for who in teachers(cfg).values() if who)
+
+
 def local(names: list[str]) -> list[str]:
     """The branches this process holds: all of them, one process being all there is.
 

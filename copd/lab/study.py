@@ -1,9 +1,11 @@
-"""All methods on all variants and seeds, each run in a process of its own, then one report over them.
+"""All arms on all variants and seeds, each run in a process of its own, then one report over them.
+
+An arm is a method with settings of its own; one method may stand in several.
 
     copd study --config configs/study.yaml [key=value ...]
 
-Finished runs are skipped and interrupted ones resumed, so the same command continues a study. `independent` comes first
-in each (variant, seed): it makes the warm start that the others share, and the experts that `mopd` needs.
+Finished runs are skipped and interrupted ones resumed, so the same command continues a study. The first arm runs alone
+in each (variant, seed): it makes the warm start that the others share, and, `independent`, the experts of `mopd`.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import subprocess
 import sys
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +25,19 @@ from copd import files, log, schema
 from copd.lab.config import LabConfig
 from copd.train.interrupts import Interrupts
 
+METHODS = ("independent", "copd", "mixed", "mopd")
 LINES = 5  # of a failed run's log
 
 
 @dataclass(frozen=True)
 class Study:
     output_dir: str = "runs/study"
-    """folder of the study: <variant>/<method>-seed<seed>/ below it"""
-    methods: list[str] = field(default_factory=lambda: ["independent", "copd", "mixed", "mopd"])
-    """methods to compare; `independent` also gives the experts"""
+    """folder of the study: <variant>/<arm>-seed<seed>/ below it"""
+    arms: dict[str, dict[str, Any]] = field(default_factory=lambda: {a: {} for a in METHODS})
+    """what is compared: settings of each, its `method` being its name unless they say otherwise; the first one that is
+    `independent` also gives the experts of `mopd`"""
+    only: list[str] = field(default_factory=lambda: ["*"])
+    """patterns of <variant>/<arm>: those to run now"""
     seeds: list[int] = field(default_factory=lambda: [0])
     """seeds of each method"""
     jobs: int = 2
@@ -42,21 +49,30 @@ class Study:
 
     def __post_init__(self) -> None:
         for variant in self.variants:
-            for method in self.methods:
-                schema.load(LabConfig, self.tree(variant, 0, method))
+            for arm in self.arms:
+                schema.load(LabConfig, self.tree(variant, 0, arm))
 
-    def tree(self, variant: str, seed: int, method: str) -> Any:
+    def method(self, arm: str) -> str:
+        return str(self.arms[arm].get("method", arm))
+
+    def tree(self, variant: str, seed: int, arm: str) -> Any:
         """The settings of one run, as in its own file."""
-        folder = f"{self.output_dir}/{variant}"
-        own = {"output_dir": folder, "name": f"{method}-seed{seed}", "variant": variant, "seed": seed, "method": method}
-        if method == "mopd" and "independent" in self.methods:
-            own["experts"] = f"{folder}/independent-seed{seed}"
-        return OmegaConf.merge(self.common, self.variants[variant], own)
+        folder, method = f"{self.output_dir}/{variant}", self.method(arm)
+        own = {"output_dir": folder, "name": f"{arm}-seed{seed}", "variant": variant, "seed": seed}
+        own |= {"arm": arm, "method": method}
+        experts = next((other for other in self.arms if self.method(other) == "independent"), None)
+        if method == "mopd" and experts:
+            own["experts"] = f"{folder}/{experts}-seed{seed}"
+        return OmegaConf.merge(self.common, self.variants[variant], self.arms[arm], own)
+
+    def chosen(self, variant: str) -> list[str]:
+        """The arms to run now."""
+        return [arm for arm in self.arms if any(fnmatchcase(f"{variant}/{arm}", pattern) for pattern in self.only)]
 
 
-def write_config(study: Study, variant: str, seed: int, method: str) -> Path:
-    path = Path(study.output_dir) / variant / f"{method}-seed{seed}.yaml"
-    files.write(path, OmegaConf.to_yaml(study.tree(variant, seed, method)))
+def write_config(study: Study, variant: str, seed: int, arm: str) -> Path:
+    path = Path(study.output_dir) / variant / f"{arm}-seed{seed}.yaml"
+    files.write(path, OmegaConf.to_yaml(study.tree(variant, seed, arm)))
     return path
 
 
@@ -85,9 +101,10 @@ def run(study: Study) -> list[Path]:
     """Runs everything; returns the configs of runs that failed, or could not start because their first failed."""
     groups = iter(
         [
-            [write_config(study, variant, seed, method) for method in study.methods]
+            [write_config(study, variant, seed, arm) for arm in arms]
             for seed in study.seeds
             for variant in study.variants
+            if (arms := study.chosen(variant))
         ]
     )
     failed: list[Path] = []

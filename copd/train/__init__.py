@@ -85,8 +85,11 @@ def finished(cfg: Config) -> dict[str, Any] | None:
         return None
     checkpoint.same(found["identity"], cfg, f"the finished run {cfg.run_dir}")
     # what may change without touching the weights, and still makes other results
-    kept = ("cycles", "rl_steps", "opd_steps", "mixed_steps", "mopd_steps", "consolidate", "eval", "merge")
-    if all(found["config"][name] == asdict(cfg)[name] for name in kept):
+    length = ("cycles", "rl_steps", "opd_steps", "mixed_steps", "mixed_rollouts", "mopd_steps")
+    kept = (*length, "consolidate", "eval", "merge")
+    now = {name: asdict(cfg)[name] for name in kept}
+    # settings that the finished run did not know yet are taken as they are
+    if schema.agree({name: found["config"].get(name, now[name]) for name in kept}, now):
         (cfg.run_dir / "final.json").unlink(missing_ok=True)
         return found
     if not checkpoint.found(cfg.run_dir):

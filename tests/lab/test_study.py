@@ -23,10 +23,29 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 def test_the_bundled_studies_load(tmp_path, name):
     plan = schema.load(study.Study, CONFIGS / f"{name}.yaml", [f"output_dir={tmp_path}"])
     for variant in plan.variants:
-        for method in plan.methods:
-            path = study.write_config(plan, variant, 3, method)
+        for arm in plan.arms:
+            path = study.write_config(plan, variant, 3, arm)
             cfg = schema.load(LabConfig, path)
-            assert (cfg.method, cfg.seed, cfg.variant) == (method, 3, variant)
+            assert (cfg.arm, cfg.method, cfg.seed, cfg.variant) == (arm, plan.method(arm), 3, variant)
+
+
+def test_an_arm_is_a_method_with_settings_of_its_own(tmp_path):
+    plan = study.Study(
+        output_dir=str(tmp_path),
+        common={"opd": {"signal": "forward"}},
+        variants={"tiny": {"branches": {"text": {"task": "arithmetic"}}}},
+        arms={"frozen": {"method": "mopd"}, "alone": {"method": "independent"}, "copd": {"opd": {"signal": "sampled"}}},
+        only=["tiny/*o*e*", "other/copd"],
+    )
+    cfg = {arm: schema.load(LabConfig, study.write_config(plan, "tiny", 1, arm)) for arm in plan.arms}
+    assert [(cfg[arm].method, cfg[arm].opd.signal) for arm in plan.arms] == [
+        ("mopd", "forward"),
+        ("independent", "forward"),
+        ("copd", "sampled"),
+    ]
+    assert cfg["frozen"].experts == str(cfg["alone"].run_dir)
+    assert plan.chosen("tiny") == ["frozen", "alone"]
+    assert plan.chosen("other") == ["copd"]
 
 
 def test_a_study_runs_each_method_in_its_process_and_continues(tmp_path, monkeypatch):
@@ -88,7 +107,7 @@ TINY = """
 common: {{cycles: {cycles}, rl_steps: 1, opd_steps: 0, threads: 1, model: {{hidden_size: 32, layers: 1}},
          rollout: {{prompts: 2, samples: 2, max_new_tokens: 4}}, eval: {{prompts: 2, samples: 1}}}}
 variants: {{tiny: {{branches: {{text: {{task: {task}, data: {{path: gone.jsonl}}}}}}}}}}
-methods: [independent, mixed]
+arms: {{independent: {{}}, mixed: {{}}}}
 """
 
 

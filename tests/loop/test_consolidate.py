@@ -177,16 +177,40 @@ def test_joint_mixed_batches_hold_every_domain_in_every_step(tmp_path):
     assert metrics["rollouts"] == 3 * 2 * 3
 
 
-@pytest.mark.parametrize(
-    ("settings", "steps"),
-    [((), 4), (("topology=all",), 6), (("topology=all", "consolidate.steps=5"), 11), (("mopd_steps=3",), 3)],
-)
-def test_mopd_samples_as_much_as_the_distillation_it_is_compared_with(tmp_path, settings, steps):
-    cfg = make_config(tmp_path, "method=mopd", *settings, domains=("text", "image", "video"))
+def planned(tmp_path, *settings):
+    """The phases of a run of three branches, two steps each."""
+    cfg = make_config(tmp_path, *settings, domains=("text", "image", "video"))
     model, processor, tasks = start(cfg, device_of(cfg))
 
     def branch(name, tasks, given=None):
         return Branch(name, tasks, given or model, processor, cfg, torch.device("cpu"))
 
-    plan = make_plan(cfg, tasks, branch, lambda name: model, lambda: model, lambda: 1.0)
-    assert plan.phases == ["opd"] * steps
+    return make_plan(cfg, tasks, branch, lambda name: model, lambda: model, lambda: 1.0).phases
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [
+        ((), 4),
+        (("topology=all",), 6),
+        (("topology=all", "opd.batch=split"), 3),
+        (("topology=all", "consolidate.steps=5"), 11),
+        (("mopd_steps=3",), 3),
+    ],
+)
+def test_mopd_samples_as_much_as_the_distillation_it_is_compared_with(tmp_path, settings, steps):
+    assert planned(tmp_path, "method=mopd", *settings) == ["opd"] * steps
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [
+        ((), 6),
+        (("mixed_batch=joint",), 2),
+        (("mixed_rollouts=all", "topology=all", "consolidate.steps=5"), 17),
+        (("mixed_rollouts=all", "topology=all", "consolidate.steps=5", "mixed_batch=joint"), 6),
+        (("mixed_rollouts=all", "mixed_steps=3"), 3),
+    ],
+)
+def test_mixed_samples_as_much_as_the_native_batches_or_as_all_of_copd(tmp_path, settings, steps):
+    assert planned(tmp_path, "method=mixed", *settings) == ["rl"] * steps

@@ -410,3 +410,14 @@ def test_a_finished_run_is_read_and_not_repeated(tmp_path, monkeypatch):
     assert run(cfg) == json.loads(json.dumps(first))
     with pytest.raises(ValueError, match="resume: config must be the one of the finished run"):
         run(make_config(tmp_path, "optim.lr=1"))
+
+
+def test_a_setting_of_later_on_leaves_a_finished_run_finished(tmp_path, monkeypatch):
+    cfg = make_config(tmp_path)
+    first = run(cfg)
+    path = cfg.run_dir / "results.json"
+    older = json.loads(path.read_text())
+    del older["config"]["mixed_rollouts"], older["config"]["eval"]["top_k"], older["identity"]["opd.owner_weight"]
+    path.write_text(json.dumps(older))
+    monkeypatch.setattr("copd.train.Run", None)
+    assert run(cfg)["final"] == first["final"]
