@@ -48,10 +48,10 @@ class Plan:
     """phases in all; 0 for those listed"""
     govern: Callable[[list[str]], str] | None = None
     """from the phases so far to the next one; None takes those listed"""
-    make_student: Callable[[], Branch] | None = None
-    """the merge of the branches as they are now, for `consolidate`"""
+    merge: Callable[[str, bool], Branch] | None = None
+    """the merge of the branches as they are now, under a name, to learn or only to be measured"""
     student: Branch | None = None
-    """what `make_student` made"""
+    """the merge that learns in `consolidate`"""
 
     def __post_init__(self) -> None:
         self.steps = self.steps or len(self.phases)
@@ -64,8 +64,8 @@ class Plan:
 
     def models(self, step: int) -> list[Branch]:
         """All that have learnt anything when `step` steps are done, or will in the next."""
-        if self.student is None and self.make_student is not None and "consolidate" in self.phases[: step + 1]:
-            self.student = self.make_student()
+        if self.student is None and self.merge is not None and "consolidate" in self.phases[: step + 1]:
+            self.student = self.merge("consolidated", True)
         return self.branches if self.student is None else [*self.branches, self.student]
 
 
@@ -96,22 +96,24 @@ def make_plan(
     branches = {name: branch(name, [tasks[name]]) for name in topology.local(list(tasks))}
     learners, after = list(branches.values()), ["consolidate"] * cfg.consolidate.steps
 
-    def consolidated() -> Branch:
+    def merge(name: str, learns: bool) -> Branch:
         model = merged()
-        assert isinstance(model, PreTrainedModel)  # the config refuses a merge into an adapter
-        return branch("consolidated", everything, model.requires_grad_(True))
+        if learns:
+            assert isinstance(model, PreTrainedModel)  # the config refuses a merge into an adapter
+            model.requires_grad_(True)
+        return branch(name, everything, model)
 
     if cfg.method == "expert":
         return Plan(learners, ["rl"] * cfg.steps)
     if cfg.method == "independent":
-        return Plan(learners, ["rl"] * cfg.steps + after, make_student=consolidated)
+        return Plan(learners, ["rl"] * cfg.steps + after, merge=merge)
     teachers = {name: [branches[teacher] for teacher in who] for name, who in topology.teachers(cfg).items()}
     plan = Plan(
         learners,
         schedule.fixed(cfg.cycles, cfg.rl_steps, cfg.opd_steps) + after,
         teachers,
         native=cfg.opd.native,
-        make_student=consolidated,
+        merge=merge,
     )
     if cfg.schedule == "overlap":
         plan.phases, plan.govern = [], schedule.by_overlap(cfg.overlap, cfg.steps, overlap)

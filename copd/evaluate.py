@@ -33,7 +33,10 @@ def measure(plan: Plan, tasks: Mapping[str, Task], log: Log, step: int) -> None:
     """
     last, cfg = step == plan.steps, plan.branches[0].cfg
     if _due(step, cfg.eval.every, last):
-        for branch in plan.models(step):
+        models = plan.models(step)
+        if cfg.eval.merged and plan.merge is not None and plan.student is None:
+            models = [*models, plan.merge("merged", False)]
+        for branch in models:
             for task in tasks.values():
                 if not log.last("eval", step=step, branch=branch.name, domain=task.name):
                     log.write("eval", step, accuracy(branch, task, cfg.eval.curve_prompts, 1)[0])

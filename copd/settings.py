@@ -246,6 +246,8 @@ class OptimConfig:
 class EvalConfig:
     every: int = 0
     """steps between accuracies of all branches; 0 for none but the final ones"""
+    merged: bool = False
+    """the merge of the branches as they are is measured along with them, which takes the memory of one more model"""
     divergence_every: int | None = None
     """steps between overlaps and KLs between branches; None is `every`; a few to a phase show its saw-tooth"""
     prompts: int = 300

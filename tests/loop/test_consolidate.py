@@ -214,3 +214,15 @@ def test_mopd_samples_as_much_as_the_distillation_it_is_compared_with(tmp_path, 
 )
 def test_mixed_samples_as_much_as_the_native_batches_or_as_all_of_copd(tmp_path, settings, steps):
     assert planned(tmp_path, "method=mixed", *settings) == ["rl"] * steps
+
+
+def test_the_merge_is_measured_along_the_way_and_changes_nothing(tmp_path):
+    settings = ("topology=all", "cycles=2", "consolidate.steps=2", "eval.every=1")
+    found = {}
+    for merged in (False, True):
+        trainer = make_run(make_config(tmp_path, *settings, f"eval.merged={merged}", f"name={merged}"))
+        found[merged] = trainer.finish(trainer.train())
+    measured = [record for record in found[True]["eval"] if record["branch"] == "merged"]
+    assert {record["step"] for record in measured} == {0, 1, 2, 3}
+    assert [record for record in found[True]["eval"] if record not in measured] == found[False]["eval"]
+    assert found[True]["final"] == found[False]["final"]
