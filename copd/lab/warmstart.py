@@ -40,7 +40,8 @@ def warm_start(model: PreTrainedModel, processor: Any, tasks: list[Task], cfg: L
         (first, *_) = (task.name for task in tasks if task not in synthetic)
         raise ValueError(f"{rule}; got {first!r}; set warmstart.clean_steps=0")
     branches = {name: [branch.task, dict(branch.options)] for name, branch in cfg.branches.items()}
-    cached = Path(cfg.warmstart.cache_dir) / digest(replace(cfg.model, adapter=None), cfg.warmstart, branches, cfg.seed)
+    made_of = (replace(cfg.model, adapter=None), replace(cfg.warmstart, cache_dir=""), branches, cfg.seed)
+    cached = Path(cfg.warmstart.cache_dir) / digest(*made_of)
     if not cached.exists():
         history = _train(model, processor, synthetic, cfg)
         # several runs of a study may get here at once: whoever renames first wins
