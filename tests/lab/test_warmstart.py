@@ -47,6 +47,15 @@ def test_the_cache_knows_seed_task_and_settings(tmp_path):
     assert len(list(folders.iterdir())) == 4
 
 
+def test_a_cache_that_was_moved_is_found(tmp_path, monkeypatch):
+    cfg, model, processor, task = make(tmp_path, "warmstart.clean_steps=1")
+    made = warm_start(model, processor, [task], cfg)
+    (tmp_path / "warmstart").rename(tmp_path / "moved")
+    monkeypatch.setattr("copd.lab.warmstart._train", None)
+    cfg, model, processor, task = make(tmp_path, "warmstart.clean_steps=1", f"warmstart.cache_dir={tmp_path}/moved")
+    assert same(warm_start(model, processor, [task], cfg).state_dict(), made.state_dict())
+
+
 def test_without_steps_the_base_is_the_model_itself(tmp_path):
     cfg, model, processor, task = make(tmp_path, "warmstart.clean_steps=0")
     assert warm_start(model, processor, [task], cfg) is model
