@@ -64,6 +64,11 @@ def write(
             "consolidation": sum(record["rollouts"] for record in trained if record["phase"] == "consolidate"),
             "updates": len(trained) * cfg.rlvr.updates_per_batch,
             "tokens": sum(record["tokens"] for record in trained),
+            # so far, where models were evaluated: [step, rollouts]
+            "curve": [
+                [step, sum(record["rollouts"] for record in trained if record["step"] <= step)]
+                for step in sorted({record["step"] for record in log.of("eval")})
+            ],
         },
         "versions": {
             "torch": torch.__version__,
