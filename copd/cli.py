@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from copd import evaluate, files, schema, train
 from copd.branch import Branch, NonFiniteLoss
-from copd.lab import report, study
+from copd.lab import report, study, suite
 from copd.lab.config import LabConfig
 from copd.lab.start import make_task, start
 from copd.lab.tasks import vocabulary
@@ -37,7 +37,7 @@ def run_train(args: argparse.Namespace, cfg: LabConfig) -> None:
     results = train.run(cfg, start)
     report.write(cfg.run_dir)
     for name, domains in results["final"].items():
-        print(f"{name:>10}  " + "  ".join(f"{domain} {report.value(record):.3f}" for domain, record in domains.items()))
+        print(f"{name:>10}  " + "  ".join(f"{domain} {suite.value(record):.3f}" for domain, record in domains.items()))
     print(f"{cfg.run_dir}: results.json, results.md, report.html")
 
 
@@ -96,7 +96,7 @@ def run_merge(args: argparse.Namespace, cfg: MergeConfig) -> None:
 
 
 def run_report(args: argparse.Namespace, cfg: None) -> None:
-    report.write(args.directory, args.output)
+    report.write(args.directories, args.output, args.readme)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -127,8 +127,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     sub.add_argument("--base", help="what they started from; needed by task_arithmetic and ties of whole models")
     sub.add_argument("--out", required=True)
     sub = command(run_report, None, "write tables, figures and page of finished runs")
-    sub.add_argument("directory", type=Path, help="a run, or a folder of runs")
-    sub.add_argument("--output", type=Path, help="where to write, instead of there: all but the runs themselves")
+    sub.add_argument("directories", nargs="+", type=Path, help="a run, folders of runs, or what was reported of some")
+    sub.add_argument("--output", type=Path, help="where to write, instead of the first: all but the runs themselves")
+    sub.add_argument("--readme", type=Path, help="a file whose part between <!-- study --> marks becomes the summary")
 
     args, overrides = parser.parse_known_args(argv)
     if overrides and not args.schema:

@@ -21,8 +21,14 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 BRANCH_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"]
-COLOURS = {"base": "#BBBBBB", "averaged": "#777777", "mixed": "#56B4E9", "mopd": "#8C6D31", "merged": "#222222"} | {
-    "consolidated": "#B22222"
+ARM_COLOURS = {
+    "base": ["#BBBBBB"],
+    "branch": BRANCH_COLOURS,
+    "copd": ["#B22222", "#222222", "#E69F00", "#CC79A7", "#7B3FA0", "#F08080"],
+    "independent": ["#777777", "#AAAAAA"],
+    "expert": ["#777777"],
+    "mixed": ["#56B4E9", "#0072B2", "#00458B"],
+    "mopd": ["#8C6D31", "#C9A95B", "#4F7942"],
 }
 STYLE: Any = {
     "font.size": 9.5,
@@ -39,8 +45,8 @@ STYLE: Any = {
 }
 WIDTH = 10.4  # inches; the page is as many hundred pixels wide
 
-Series = dict[int, list[float]]
-"""step -> one value for each seed"""
+Series = dict[float, list[float]]
+"""step, or cost -> one value for each seed"""
 
 
 @dataclass(frozen=True)
@@ -61,11 +67,13 @@ class Panel:
     percent: bool = False
     """0 to 100, an accuracy"""
     log: bool = False
+    over: str = "updates of a model"
+    """what the horizontal axis counts"""
 
 
-def colour(index: int) -> str:
-    """Of the branch at `index`; they repeat from the sixth on."""
-    return BRANCH_COLOURS[index % len(BRANCH_COLOURS)]
+def shade(kind: str, index: int = 0) -> str:
+    """The colour of the arm of a method, or branch, at `index`; they repeat."""
+    return ARM_COLOURS[kind][index % len(ARM_COLOURS[kind])]
 
 
 def mean_error(values: Iterable[float]) -> tuple[float, float | None]:
@@ -132,7 +140,7 @@ def lines(rows: list[list[Panel]], height: float) -> str:
                     # an error as large as the mean has no lower end on a logarithmic axis: as far down as up
                     low = mean**2 / (mean + error) if panel.log else mean - error
                     axis.fill_between(steps, low, mean + error, color=line.colour, alpha=0.15, linewidth=0)
-                axis.set(title=panel.title, xlabel="updates of a model")
+                axis.set(title=panel.title, xlabel=panel.over)
                 axis.set_xlim(left=0)
                 axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
                 if panel.percent:

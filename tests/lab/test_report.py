@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from copd import evaluate
-from copd.lab import figures, report
+from copd.lab import curves, figures, report
+from copd.lab.suite import Suite
 
 DOMAINS = ["text", "image", "video"]
 STEPS = 12
@@ -16,7 +17,7 @@ OWN, OTHER, BASE = 0.9, 0.45, 0.5
 MERGED = {"copd": 0.85, "independent": 0.7, "mixed": 0.8, "mopd": 0.88}
 
 
-def make(method, seed=0, variant="", domains=DOMAINS, merged=MERGED):
+def make(method, seed=0, variant="", domains=DOMAINS, merged=MERGED, arm=None):
     """A run whose accuracies are known: seed s adds s points to every trained model."""
     branches = {d: d for d in domains} if method in ("copd", "independent") else {}
     single = {"mixed": "mixed", "mopd": "student"}.get(method)
@@ -33,7 +34,7 @@ def make(method, seed=0, variant="", domains=DOMAINS, merged=MERGED):
     evals = [
         {"branch": m, "domain": d, "step": s, "accuracy": accuracy(m, d, s), "samples": 100}
         for m in models
-        if m not in ("base", "merged")
+        if m != "base"
         for d in domains
         for s in range(0, total + 1, 2)
     ]
@@ -62,8 +63,9 @@ def make(method, seed=0, variant="", domains=DOMAINS, merged=MERGED):
         for i in range(2)
     ]
     return {
-        "name": f"{method}-seed{seed}",
+        "name": f"{arm or method}-seed{seed}",
         "method": method,
+        **({"arm": arm} if arm else {}),
         "variant": variant,
         "seed": seed,
         "hub": domains[0],
@@ -78,7 +80,13 @@ def make(method, seed=0, variant="", domains=DOMAINS, merged=MERGED):
         "eval": evals,
         "divergence": divergences,
         "samples": samples,
-        "cost": {"seconds": 60.0, "rollouts": 100 * total, "updates": total, "tokens": 1000},
+        "cost": {
+            "seconds": 60.0,
+            "rollouts": 100 * total,
+            "updates": total,
+            "tokens": 1000,
+            "curve": [[step, 100 * step] for step in range(0, total + 1, 2)],
+        },
         "versions": {"torch": "2", "transformers": "5"},
     }
 
@@ -112,13 +120,79 @@ def cells(markdown, label):
 def test_final_table_has_means_errors_and_cost(written):
     text, _ = written
     error = "± 0.6"  # of 0, 1, 2 points: 1 / sqrt(3)
-    assert cells(text, "base") == ["50.0 ± 0.0"] * 4 + ["0"]
-    assert cells(text, "text expert") == [f"**91.0 {error}**", f"46.0 {error}", f"46.0 {error}", f"61.0 {error}", "400"]
-    assert cells(text, "experts averaged")[3:] == [f"71.0 {error}", "1,200"]
-    assert cells(text, "CoPD merged")[3:] == [f"86.0 {error}", "1,200"]
-    assert cells(text, "MOPD")[3:] == [f"**89.0 {error}**", "2,400"]  # its experts included
-    assert cells(text, "mixed, 36 steps")[3:] == [f"81.0 {error}", "3,600"]
-    assert cells(text, "mixed, 12 steps")[3:] == ["60.3 ± 0.2", "1,200"]
+    assert cells(text, "base") == ["50.0 ± 0.0"] * 4 + ["3", "0", "0"]
+    assert cells(text, "experts, each at home") == [f"**91.0 {error}**"] * 4 + ["3", "1,200", "12"]
+    assert cells(text, "Experts averaged")[3:] == [f"71.0 {error}", "3", "1,200", "12"]
+    assert cells(text, "CoPD merged")[3:] == [f"86.0 {error}", "3", "1,200", "12"]
+    assert cells(text, "MOPD, 12 steps")[3:] == [f"89.0 {error}", "3", "2,400", "24"]  # its experts included
+    assert cells(text, "Mixed RLVR, 36 steps")[3:] == [f"81.0 {error}", "3", "3,600", "36"]
+
+
+def consolidated(run, gain=0.05, steps=3):
+    """The run with so many steps of consolidation after its merge."""
+    run["final"]["consolidated"] = {
+        domain: record | {"accuracy": record["accuracy"] + gain} for domain, record in run["final"]["merged"].items()
+    }
+    run["phases"] = [*run["phases"], ["consolidate", STEPS, STEPS + steps]]
+    run["cost"] |= {"rollouts": run["cost"]["rollouts"] + 100 * steps, "consolidation": 100 * steps}
+    run["cost"]["curve"] = [*run["cost"]["curve"], [STEPS + steps, run["cost"]["rollouts"]]]
+    after = [r | {"branch": "consolidated"} for r in run["eval"] if (r["branch"], r["step"]) == ("merged", STEPS)]
+    run["eval"] = [*run["eval"], *(r | {"step": STEPS + steps, "accuracy": r["accuracy"] + gain} for r in after)]
+    return run
+
+
+def test_arms_of_one_method_stand_side_by_side(tmp_path):
+    worse = {"copd": 0.6, "mopd": 0.5}
+    runs = [consolidated(make(method, seed)) for method in ("copd", "independent") for seed in (0, 1, 2)]
+    runs += [make(method, seed) for method in ("mixed", "mopd") for seed in (0, 1)]
+    runs += [make("copd", seed, arm="paper", merged=worse) for seed in (0, 1)]
+    runs += [make("mopd", seed, arm="mopd-sampled", merged=worse) for seed in (0, 1)]
+    for run in runs:
+        if run.get("arm"):
+            run["config"]["opd"] = {"signal": "sampled"}
+    report.write(save(tmp_path, *runs))
+    text = (tmp_path / "results.md").read_text()
+    assert cells(text, "CoPD merged")[3:] == ["86.0 ± 0.6", "3", "1,200", "12"]
+    assert cells(text, "CoPD consolidated")[3:] == ["**91.0 ± 0.6**", "3", "1,500", "15"]
+    assert cells(text, "Experts averaged")[3:] == ["71.0 ± 0.6", "3", "1,200", "12"]
+    assert cells(text, "CoPD, paper (merged)")[3:] == ["60.5 ± 0.5", "2", "1,200", "12"]
+    # its experts were not consolidated
+    assert cells(text, "MOPD, sampled, 12 steps")[3:] == ["50.5 ± 0.5", "2", "2,400", "24"]
+    assert cells(text, "CoPD consolidated over CoPD, paper (merged)")[2:] == ["+30.0 ± 0.0", "2 of 2"]
+    assert cells(text, "CoPD, paper (merged) over MOPD, sampled, 12 steps")[2:] == ["+10.0 ± 0.0", "2 of 2"]
+    assert "Ahead in every seed: CoPD consolidated over Experts consolidated +15.0 ± 0.0 (3);" in text
+    assert "Behind in every seed: CoPD branches over experts, each at home +0.0 ± 0.0 (3)." in text
+    line = (tmp_path / "figures" / "cost.svg").read_text()
+    assert all(f">{label}<" in line for label in ("CoPD", "CoPD, paper", "Experts", "MOPD, sampled", "Mixed RLVR"))
+
+
+def test_the_summary_goes_between_the_marks_of_a_file(tmp_path):
+    (tmp_path / "README.md").write_text("a\n<!-- study -->\nold\n<!-- /study -->\nb\n")
+    report.write(save(tmp_path / "runs", *study()), readme=tmp_path / "README.md")
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith("a\n<!-- study -->\n- **k3**: CoPD merged 86.0 ± 0.6 % overall, 3 seeds.\n")
+    assert text.endswith(".\n<!-- /study -->\nb\n")
+    assert "old" not in text
+
+
+def test_runs_of_two_folders_are_reported_together_and_the_last_counts(tmp_path):
+    save(tmp_path / "a", *study(seeds=[0]))
+    save(tmp_path / "b", *(make("copd", seed, "k3", merged={"copd": 0.5}) for seed in (0, 1)))
+    report.write([tmp_path / "a", tmp_path / "b"], tmp_path / "c")
+    text = (tmp_path / "c" / "results.md").read_text()
+    assert cells(text, "CoPD merged")[3:5] == ["50.5 ± 0.5", "2"]
+    assert cells(text, "Experts averaged")[3:5] == ["70.0", "1"]
+
+
+def test_a_curve_over_cost_is_that_of_the_model_the_arm_would_end_with():
+    suite = Suite("", [consolidated(make("copd")), consolidated(make("independent")), make("mopd"), make("mixed")])
+    over, steps = curves.grown(suite, suite.arms["copd"])
+    assert list(steps) == [0, 2, 4, 6, 8, 10, 12, 15]
+    assert list(over) == [0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.5]
+    assert [values[0] for values in steps.values()][-2:] == pytest.approx([85, 90])
+    over, steps = curves.grown(suite, suite.arms["mopd"])
+    assert (min(steps), max(steps), min(over), max(over)) == (12, 24, 1.2, 2.4)
+    assert steps[24] == pytest.approx([88])
 
 
 def test_comparisons_are_paired_by_seed_and_go_both_ways(tmp_path):
@@ -126,13 +200,9 @@ def test_comparisons_are_paired_by_seed_and_go_both_ways(tmp_path):
     runs[0]["final"]["text"]["text"]["accuracy"] = 0.4  # CoPD, seed 0
     report.write(save(tmp_path, *runs))
     text = (tmp_path / "results.md").read_text()
-    assert cells(text, "text expert over base, on its own text")[2:] == ["+41.0 ± 0.6", "3 of 3"]
-    assert cells(text, "CoPD text over text expert, on image (taught)")[2:] == ["+35.0 ± 0.0", "3 of 3"]
-    assert cells(text, "CoPD image over image expert, on video (not taught)")[2:] == ["+0.0 ± 0.0", "0 of 3"]
-    assert cells(text, "CoPD text over text expert, on its own text")[2:] == ["-16.7 ± 16.7", "0 of 3"]
-    assert cells(text, "CoPD merged over MOPD, overall")[2:] == ["-3.0 ± 0.0", "0 of 3"]
-    assert cells(text, "CoPD merged over experts averaged, overall")[2:] == ["+15.0 ± 0.0", "3 of 3"]
-    assert cells(text, "CoPD merged over the best expert, overall")[2:] == ["+25.0 ± 0.0", "3 of 3"]
+    assert cells(text, "CoPD branches over experts, each at home")[2:] == ["-5.6 ± 5.6", "0 of 3"]
+    assert cells(text, "CoPD merged over MOPD, 12 steps")[2:] == ["-3.0 ± 0.0", "0 of 3"]
+    assert cells(text, "CoPD merged over Experts averaged")[2:] == ["+15.0 ± 0.0", "3 of 3"]
 
 
 def test_divergence_table_compares_copd_with_the_control(written):
@@ -144,7 +214,10 @@ def test_divergence_table_compares_copd_with_the_control(written):
 
 def test_the_order_is_the_one_measured(written):
     text, _ = written
-    assert "in order: MOPD 89.0 > CoPD merged 86.0 > CoPD text (hub) 84.3 > mixed, 36 steps 81.0 > " in text
+    order = (
+        "in order: experts, each at home 91.0 > MOPD, 12 steps 89.0 > CoPD merged 86.0 > Mixed RLVR, 36 steps 81.0 > "
+    )
+    assert order in text
 
 
 def test_completions_at_the_length_limit_are_counted(written):
@@ -154,7 +227,7 @@ def test_completions_at_the_length_limit_are_counted(written):
 def test_one_seed_has_no_error(tmp_path):
     report.write(save(tmp_path, *study(seeds=[0])))
     text = (tmp_path / "results.md").read_text()
-    assert cells(text, "base") == ["50.0"] * 4 + ["0"]
+    assert cells(text, "base") == ["50.0"] * 4 + ["1", "0", "0"]
     assert "one seed, hence without standard error" in text
     assert "±" not in text
 
@@ -176,14 +249,14 @@ def test_a_run_keeps_its_results_when_its_experts_lie_below_it(tmp_path):
     assert json.loads((tmp_path / "results.json").read_text()) == student
     text = (tmp_path / "results.md").read_text()
     assert text.startswith("# mopd-seed0\n")
-    assert cells(text, "MOPD")[-2:] == ["**88.0**", "2,400"]
+    assert cells(text, "MOPD, 12 steps")[-4:] == ["88.0", "1", "2,400", "24"]
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_any_number_of_branches_is_reported(tmp_path, count):
     domains = ["text", "image", "video", "code", "speech"][:count]
     report.write(save(tmp_path, *(make(method, domains=domains) for method in MERGED)))
-    assert len(cells((tmp_path / "results.md").read_text(), "CoPD merged")) == count + 2
+    assert len(cells((tmp_path / "results.md").read_text(), "CoPD merged")) == count + 4
 
 
 def test_the_collected_study_alone_gives_the_same_report(tmp_path):
@@ -194,7 +267,7 @@ def test_the_collected_study_alone_gives_the_same_report(tmp_path):
     for name in ("results.md", "report.html"):
         assert (tmp_path / "a" / name).read_text() == (tmp_path / "b" / name).read_text()
     assert {path.name for path in (tmp_path / "b" / "figures").iterdir()} == {
-        f"{variant}-{name}.svg" for variant in ("k2", "k3") for name in ("final", "accuracy", "divergence")
+        f"{variant}-{name}.svg" for variant in ("k2", "k3") for name in ("final", "accuracy", "cost", "divergence")
     }
 
 
@@ -221,7 +294,7 @@ def test_the_page_is_well_formed_and_needs_no_network(written):
     page = Page()
     page.feed(text)
     assert page.stack == []
-    assert page.counts["svg"] == 3
+    assert page.counts["svg"] == 4
     assert "script" not in page.counts
     assert page.sources
     assert all(source.startswith(("#", "data:image/png;base64,")) for source in page.sources)
@@ -231,7 +304,7 @@ def test_the_page_shows_samples_escaped_with_their_images(written):
     _, text = written
     assert "[image] &lt;b&gt;video&lt;/b&gt; 0 &amp; more?" in text
     assert text.count("<img ") == 2 * (1 + 4)  # two image cards, two video cards of four frames
-    models = ["base", "CoPD text (hub)", "CoPD merged", "text expert", "experts averaged", "mixed, 36 steps", "MOPD"]
+    models = ["base", "CoPD text", "CoPD merged", "text expert", "Experts averaged", "Mixed RLVR, 36 steps"]
     assert all(f"<td>{name}</td>" in text for name in models)
     assert "topology: hub" in text
 
