@@ -6,14 +6,16 @@ from .kl import kl
 from .logprob import logprob
 from .model import hidden_states, through_head
 from .mutual import mutual_kl
-from .results import Agreement, LogProb, MutualKL
+from .results import KL, Agreement, LogProb, LogProbStats, MutualKL
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "KL",
     "Agreement",
     "Head",
     "LogProb",
+    "LogProbStats",
     "MutualKL",
     "agreement",
     "hidden_states",

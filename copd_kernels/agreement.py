@@ -10,7 +10,7 @@ from torch import Tensor
 from . import reference
 from ._ops import NAMESPACE
 from .checks import check, check_integer, check_temperature, check_workspace
-from .flatten import Flat, flatten, logits_dtype, projections
+from .flatten import Flat, flatten, logits_dtype, number, projections
 from .head import Head, as_heads, check_same_vocabulary
 from .results import Agreement
 from .rows import load, resolve
@@ -22,17 +22,16 @@ def agreement_op(
     hidden: list[Tensor],
     lm_head: list[Tensor],
     bias: list[Tensor],
-    scales: list[float],
-    softcaps: list[float],
+    numbers: Tensor,
     vocab_sizes: list[int],
     k: int,
-    temperature: float,
+    temperature: Tensor,
     backend: str,
     workspace_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(overlap, forward_kl, reverse_kl), (T, N) each; the first head is the student."""
     dtype = logits_dtype(hidden)
-    heads = projections(Flat(hidden, lm_head, bias, scales, softcaps, vocab_sizes), temperature, dtype)
+    heads = projections(Flat(hidden, lm_head, bias, numbers, vocab_sizes), temperature, dtype)
     N, teachers = hidden[0].shape[0], list(range(1, len(heads)))
     rows = load(backend)
     outputs = [hidden[0].new_empty(len(teachers), N, dtype=dtype) for _ in range(3)]
@@ -101,5 +100,5 @@ def agreement(
     if name == "reference":
         return reference.agreement(student, teachers, k=k, temperature=temperature)
     flat = flatten([student, *teachers])
-    outputs = agreement_op(*flat, k, float(temperature), name, workspace_bytes or 0)
+    outputs = agreement_op(*flat, k, number(temperature), name, workspace_bytes or 0)
     return Agreement(*(x.view(len(teachers), *shape) for x in outputs))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -73,17 +74,36 @@ def check_integers(op: str, argument: str, ids: Tensor, shape: torch.Size, devic
     check(op, argument, ids.device == device, f"be on {device}", ids.device)
 
 
-def check_divergence(op: str, divergence: str, beta: float, temperature: float) -> None:
+def check_divergence(op: str, divergence: str, beta: float) -> None:
     check_option(op, "divergence", divergence, ("reverse", "forward", "jsd", "symmetric"))
     check_number(op, "beta", beta)
     fix = "its limits are divergence='forward' and 'reverse'"
     check(op, "beta", divergence != "jsd" or 0 < beta < 1, "be in (0, 1) for jsd", beta, fix)
-    check_temperature(op, temperature)
 
 
-def check_temperature(op: str, temperature: float) -> None:
+def check_temperature(op: str, temperature: float | Tensor) -> None:
     check_number(op, "temperature", temperature)
-    check(op, "temperature", temperature > 0, "be positive", temperature)
+    check(op, "temperature", bool(temperature > 0), "be positive", temperature)
+
+
+def check_temperatures(op: str, temperature: float | Tensor, counts: Tensor) -> None:
+    """A number, or one a token: positive wherever the token counts."""
+    if not isinstance(temperature, Tensor) or (
+        temperature.numel() == 1 and not is_per_token(temperature, counts.shape)
+    ):
+        check_temperature(op, temperature)
+        return
+    check_tensor(op, "temperature", temperature)
+    check_type(op, "temperature", not temperature.requires_grad, "be a constant", "a tensor that requires grad")
+    check_type(op, "temperature", temperature.is_floating_point(), "be floating", temperature.dtype)
+    rule = f"be a number or have shape {tuple(counts.shape)}"
+    check(op, "temperature", temperature.shape == counts.shape, rule, tuple(temperature.shape))
+    check(op, "temperature", temperature.device == counts.device, f"be on {counts.device}", temperature.device)
+    check_values(op, "temperature", torch.where(counts, temperature, 1), lambda t: t > 0, "be positive")
+
+
+def is_per_token(temperature: float | Tensor, shape: torch.Size) -> TypeGuard[Tensor]:
+    return isinstance(temperature, Tensor) and temperature.dim() > 0 and temperature.shape == shape
 
 
 def check_workspace(op: str, workspace_bytes: int | None) -> None:

@@ -20,8 +20,7 @@ class Flat(NamedTuple):
     hidden: list[Tensor]  # (N, D)
     lm_head: list[Tensor]  # (V or more, D)
     bias: list[Tensor]  # (V or more,) or (0,)
-    scale: list[float]
-    softcap: list[float]  # 0 where there is none
+    numbers: Tensor  # (H, 2), fp64 on the CPU: scale, and softcap or 0
     vocab_size: list[int]
 
 
@@ -35,8 +34,7 @@ def flatten(heads: list[Head]) -> Flat:
         [cast(head.hidden).reshape(-1, head.hidden.shape[-1]) for head in heads],
         [cast(head.lm_head) for head in heads],
         [cast(head.lm_head).new_empty(0) if head.bias is None else cast(head.bias) for head in heads],
-        [float(head.scale) for head in heads],
-        [float(head.softcap or 0.0) for head in heads],
+        torch.stack([number(x) for head in heads for x in (head.scale, head.softcap)]).view(-1, 2),
         [head.V for head in heads],
     )
 
@@ -45,18 +43,32 @@ def cast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(x.device.type)) if x.dtype != torch.float64 and autocasts(x) else x
 
 
-def projections(heads: Flat, temperature: float, dtype: torch.dtype) -> list[Projection]:
-    """Every head as the schedule reads it, its temperature folded in; `dtype` is what logits are kept in."""
+def number(x: float | Tensor | None) -> Tensor:
+    """(), fp64 on the CPU, 0 for None: how a number that varies reaches an operator.
+
+    As an argument of its own, or by `torch.tensor`, each new value would be a new graph under `torch.compile`.
+    """
+    if isinstance(x, Tensor):
+        return x.detach().to("cpu", torch.float64).reshape(())
+    return torch.ones((), dtype=torch.float64) * (0.0 if x is None else x)
+
+
+def projections(heads: Flat, temperature: Tensor, dtype: torch.dtype) -> list[Projection]:
+    """Every head as the schedule reads it, one temperature for all tokens folded in; `dtype` is the logits'."""
+    T = 1.0 if temperature.dim() else temperature.item()
+    *tensors, scales_and_softcaps, sizes = heads
     return [
         Projection(
             hidden,
             lm_head[:V],
             bias[:V] if bias.numel() else None,
-            scale / temperature,
-            softcap / temperature if softcap else None,
+            scale / T,
+            softcap / T if softcap else None,
             operand_dtype(hidden, dtype),
         )
-        for hidden, lm_head, bias, scale, softcap, V in zip(*heads, strict=True)
+        for hidden, lm_head, bias, (scale, softcap), V in zip(
+            *tensors, scales_and_softcaps.tolist(), sizes, strict=True
+        )
     ]
 
 

@@ -9,7 +9,7 @@ projected by one teacher only (4 passes whatever T is). (N, V) logits never exis
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from .checks import (
     check,
     check_divergence,
     check_integers,
+    check_temperatures,
     check_tensor,
     check_token_weight,
     check_type,
@@ -31,6 +32,7 @@ from .flatten import (
     fake_gradients,
     flatten,
     logits_dtype,
+    number,
     projections,
     save,
     saved,
@@ -38,8 +40,10 @@ from .flatten import (
     wanted,
 )
 from .head import Head, as_heads, check_same_vocabulary
+from .results import KL
 from .rows import load, resolve
 from .schedule import Gradients, Projection, Workspace
+from .temperature import of_tokens, softcap_of, temperatures, where_they_count
 
 
 @torch.library.custom_op(f"{NAMESPACE}::kl", mutates_args=())
@@ -53,33 +57,40 @@ def kl_op(
     teacher_weight: Tensor,
     teacher_index: Tensor | None,
     token_weight: Tensor,
-    scales: list[float],
-    softcaps: list[float],
+    numbers: Tensor,
+    beta: Tensor,
+    temperature: Tensor,
     vocab_sizes: list[int],
     divergence: str,
-    beta: float,
-    temperature: float,
     backend: str,
     workspace_bytes: int,
     per_token: bool,
+    stats: bool,
     want: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Per-token w·d (N,) or its sum (), then the sum's gradients over `unit`, then `unit`.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Per-token w·d (N,) or its sum (), then the sum's gradients over `unit`, then `unit`; last, with `stats`, the
+    student's entropy (N,) and each teacher's mean divergence (T,), else (0,) each.
 
-    `teacher_weight` is (T, N) or (T, 1), and (1, 1) where `teacher_index` routes. The number lists are those of `Flat`
-    for student and teachers.
+    `teacher_weight` is (T, N) or (T, 1), and (1, 1) where `teacher_index` routes. `numbers` and `vocab_sizes` are those
+    of `Flat` for student and teachers, `temperature` is () or (N,).
     """
     dtype = logits_dtype([hidden, *teacher_hidden])
     tensors = [hidden, *teacher_hidden], [lm_head, *teacher_lm_head], [bias, *teacher_bias]
-    student, *teachers = projections(Flat(*tensors, scales, softcaps, vocab_sizes), temperature, dtype)
+    student, *teachers = projections(Flat(*tensors, numbers, vocab_sizes), temperature, dtype)
     if teacher_index is not None:
         # a token without a teacher has nothing to learn
         token_weight = torch.where(teacher_index < 0, 0, token_weight)
+    token_weight = token_weight.to(dtype)
     weight = (teacher_weight * token_weight).to(dtype)  # (T, N); routed (1, N)
-    gradients = Gradients(student, lm_head.shape[0], want, weight) if any(want) else None
+    temperature = where_they_count(temperature, (weight != 0).any(0))
+    # of the gradient: the rows know of no temperature
+    gain = weight / temperature if temperature.dim() else weight
+    gradients = Gradients(student, lm_head.shape[0], want, gain) if any(want) else None
     narrow = gradients.dlogits_dtype if gradients else None
     rows = load(backend)
     d = weight.new_zeros(hidden.shape[0])
+    entropy = weight.new_zeros(hidden.shape[0] if stats else 0)
+    taught = weight.new_zeros(2, len(teachers) if stats else 0)  # sum_n u_n D_jn, sum_n u_n
 
     for segment in segments(hidden.shape[0], teachers, teacher_index):
         heads = 1 + len(segment.teachers)
@@ -89,40 +100,51 @@ def kl_op(
             w = weight[:, chunk]  # (T, R)
             z = space.logits(part)
             mine = student.read(chunk, (w != 0).any(0))
-            student.project(mine, z[0], rows)
+            T = of_tokens(temperature, chunk)
+            student.project(mine, z[0], rows, T)
             for j, teacher in enumerate(segment.teachers):
                 # a routed teacher holds its own tokens only, so there the chunk is counted among those
-                teacher.project(teacher.read(part, w[j] != 0), z[j + 1], rows)
-            pairs = (z, 0, list(range(1, heads)), divergence, beta)
+                teacher.project(teacher.read(part, w[j] != 0), z[j + 1], rows, T)
+            if stats:
+                # before the gradient takes the student's logits' place
+                own = rows.logprob(z[:1])
+                entropy[chunk] = torch.where((w != 0).any(0), own.norm - own.mean, 0)
+            pairs = (z, 0, list(range(1, heads)), divergence, beta.item())
             if gradients is None:
                 value = rows.kl(*pairs)
             else:
                 dlogits = space.dlogits(part)
-                value = rows.kl(*pairs, w * gradients.factor, student.cap, dlogits)
+                cap, its_rows = softcap_of(student, temperature, chunk, rows)
+                value = its_rows.kl(*pairs, gain[:, chunk] * gradients.factor, cap, dlogits)
                 gradients.add(dlogits, mine, chunk)
             d[chunk] = torch.where(w == 0, 0, w * value).sum(0)
+            if stats:
+                u = torch.where(w == 0, 0, token_weight[chunk])
+                taught[:, segment.names] += torch.stack([torch.where(u == 0, 0, u * value).sum(1), u.sum(1)])
 
     result = d if per_token else d.sum()
+    teacher_kl = taught[0] / torch.where(taught[1] > 0, taught[1], 1)
     if gradients is None:
         dhidden, dlm_head, dbias = (d.new_empty(0) for _ in range(3))
-        return result, dhidden, dlm_head, dbias, d.new_ones(())
+        return result, dhidden, dlm_head, dbias, d.new_ones(()), entropy, teacher_kl
     dhidden, dlm_head, dbias = gradients.tensors()
-    return result, dhidden, dlm_head, dbias, gradients.unit
+    return result, dhidden, dlm_head, dbias, gradients.unit, entropy, teacher_kl
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Tokens that have the same teachers: those listed, or all in order."""
+    """Tokens that have the same teachers, which `names` numbers: those listed, or all in order."""
 
     tokens: Tensor | None
     size: int
     teachers: list[Projection]
+    names: slice
 
 
 def segments(N: int, teachers: list[Projection], teacher_index: Tensor | None) -> list[Segment]:
     """One segment with every teacher, or one a teacher with the tokens routed to it."""
     if teacher_index is None:
-        return [Segment(None, N, teachers)]
+        return [Segment(None, N, teachers, slice(None))]
     order = torch.argsort(teacher_index, stable=True)
     names = torch.arange(-1, len(teachers), device=order.device)
     # the one host sync: how many tokens each teacher has
@@ -132,7 +154,7 @@ def segments(N: int, teachers: list[Projection], teacher_index: Tensor | None) -
         rows = teacher.hidden.shape[0]
         rule = f"hold the {count} tokens routed to it"
         check("kl", f"teachers[{j}].hidden", rows == count, rule, f"{rows} rows")
-        result.append(Segment(order[start : start + count], count, [teacher]))
+        result.append(Segment(order[start : start + count], count, [teacher], slice(j, j + 1)))
         start += count
     return result
 
@@ -140,25 +162,26 @@ def segments(N: int, teachers: list[Projection], teacher_index: Tensor | None) -
 @kl_op.register_fake
 def _(  # type: ignore[no-untyped-def]  # the types are those of kl_op
     hidden, lm_head, bias, teacher_hidden, teacher_lm_head, teacher_bias, teacher_weight, teacher_index,
-    token_weight, scales, softcaps, vocab_sizes, divergence, beta, temperature, backend, workspace_bytes,
-    per_token, want,
+    token_weight, numbers, beta, temperature, vocab_sizes, divergence, backend, workspace_bytes,
+    per_token, stats, want,
 ):  # fmt: skip
     dtype = logits_dtype([hidden, *teacher_hidden])
     result = hidden.new_empty(hidden.shape[:1] if per_token else (), dtype=dtype)
-    return result, *fake_gradients(hidden, lm_head, want, dtype), hidden.new_empty((), dtype=dtype)
+    unit = hidden.new_empty((), dtype=dtype)
+    sizes = (hidden.shape[0], len(teacher_hidden)) if stats else (0, 0)
+    return result, *fake_gradients(hidden, lm_head, want, dtype), unit, *(unit.new_empty(n) for n in sizes)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, *gradients, unit = output
-    student, lists, weights, rest = inputs[:3], inputs[3:6], inputs[6:9], inputs[9:]
+    student, lists, weights, rest = inputs[:3], inputs[3:6], inputs[6:12], inputs[12:]
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*gradients, unit)
+    ctx.mark_non_differentiable(*output[1:])
     ctx.dtype, ctx.T = inputs[0].dtype, len(lists[0])
-    *ctx.rest, ctx.per_token, _ = rest
+    *ctx.rest, ctx.per_token, _, _ = rest
     if ctx.per_token:
         save(ctx, *student, *weights, *(x for tensors in lists for x in tensors))
     else:
-        save(ctx, *gradients, unit)
+        save(ctx, *output[1:5])
 
 
 def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Any, ...]:
@@ -169,10 +192,11 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Any, ...]:
         kept = saved(ctx)
         if ctx.per_token:
             T = ctx.T
-            *weights, token_weight = kept[3:6]
-            lists = [kept[i : i + T] for i in (6, 6 + T, 6 + 2 * T)]
-            token_weight = torch.where(token_weight == 0, 0, token_weight * upstream)
-            _, *gradients, unit = kl_op(*kept[:3], *lists, *weights, token_weight, *ctx.rest, False, list(needs))
+            *weights, token_weight, numbers, beta, temperature = kept[3:9]
+            lists = [kept[i : i + T] for i in (9, 9 + T, 9 + 2 * T)]
+            weights.append(torch.where(token_weight == 0, 0, token_weight * upstream))
+            constants = (numbers, beta, temperature, *ctx.rest)
+            _, *gradients, unit, _, _ = kl_op(*kept[:3], *lists, *weights, *constants, False, False, list(needs))
         else:
             *gradients, unit = kept
             unit = unit * upstream
@@ -183,20 +207,39 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Any, ...]:
 kl_op.register_autograd(_backward, setup_context=_save)
 
 
+@overload
+def kl(
+    student: Head, teachers: Head | list[Head], *, divergence: str = ..., beta: float = ...,
+    temperature: float | Tensor = ..., teacher_weight: Tensor | None = ..., teacher_index: Tensor | None = ...,
+    token_weight: Tensor | None = ..., reduction: str = ..., stats: Literal[False] = ..., backend: str | None = ...,
+    workspace_bytes: int | None = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def kl(
+    student: Head, teachers: Head | list[Head], *, divergence: str = ..., beta: float = ...,
+    temperature: float | Tensor = ..., teacher_weight: Tensor | None = ..., teacher_index: Tensor | None = ...,
+    token_weight: Tensor | None = ..., reduction: str = ..., stats: Literal[True], backend: str | None = ...,
+    workspace_bytes: int | None = ...,
+) -> KL: ...  # fmt: skip
+
+
 def kl(
     student: Head,
     teachers: Head | list[Head],
     *,
     divergence: str = "reverse",
     beta: float = 0.5,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     teacher_weight: Tensor | None = None,
     teacher_index: Tensor | None = None,
     token_weight: Tensor | None = None,
     reduction: str = "mean",
+    stats: bool = False,
     backend: str | None = None,
     workspace_bytes: int | None = None,
-) -> Tensor:
+) -> Tensor | KL:
     """Weighted divergence of a student from its teachers: d_n = sum_j w_jn D(student_n, teacher_jn), in nats.
 
     With p the student's and q a teacher's softmax over the vocabulary, both of logits / temperature:
@@ -216,17 +259,20 @@ def kl(
         teachers: one head or T heads over the same vocabulary, hidden (..., D_j); no gradient reaches them.
         divergence: one of the four above.
         beta: in (0, 1), of `jsd` only.
-        temperature: positive; divides all logits.
+        temperature: positive; divides all logits. A number, or (...), floating: a temperature a token.
         teacher_weight: (T,) or (T, ...), floating, finite: w; 1 / T each where omitted.
         teacher_index: (...), int64 in -1..T-1: token n has the one teacher `teacher_index[n]`, none where it is -1;
             teacher j's hidden is then (count of j, D_j), its own tokens in order. Stops the host once on CUDA.
         token_weight: (...), floating or bool, >= 0: a mask or per-token weights u; 1 where omitted.
         reduction: "mean" sum_n u_n d_n / sum_n u_n (0 if that is 0), "sum" sum_n u_n d_n, "none" u_n d_n.
+        stats: return a `KL` of loss, the student's entropy (...) and each teacher's mean divergence (T,), without
+            gradient, from the same sweep: one pass more over the student's rows, no GEMM pass.
         backend: "torch", "triton", "native" or "reference"; where omitted COPD_BACKEND, else the fastest available.
         workspace_bytes: most memory for a chunk's logits; a default for the device where omitted.
 
     Returns:
-        () or (...), fp32 (fp64 if any head is), differentiable in the student's hidden, lm_head and bias.
+        () or (...), fp32 (fp64 if any head is), differentiable in the student's hidden, lm_head and bias; with `stats`
+        the `loss` of a `KL`.
 
     Raises:
         ValueError, TypeError: an argument breaks its rule. Values (weights >= 0, index in range) are checked on the
@@ -234,12 +280,13 @@ def kl(
     """
     teachers = as_heads("kl", "teachers", teachers)
     check("kl", "teachers", len(teachers) > 0, "not be empty", teachers)
-    check_divergence("kl", divergence, beta, temperature)
+    check_divergence("kl", divergence, beta)
     check("kl", "reduction", reduction in ("mean", "sum", "none"), "be mean, sum or none", repr(reduction))
     check_same_vocabulary("kl", "student", student, {f"teachers[{j}]": t for j, t in enumerate(teachers)})
     shape, device, T = student.hidden.shape[:-1], student.hidden.device, len(teachers)
     dtype = logits_dtype([student.hidden, *(teacher.hidden for teacher in teachers)])
     token_weight = check_token_weight("kl", token_weight, shape, device, dtype)
+    check_temperatures("kl", temperature, token_weight != 0)
     if teacher_index is None:
         for j, teacher in enumerate(teachers):
             got = tuple(teacher.hidden.shape[:-1])
@@ -271,7 +318,7 @@ def kl(
         if teacher_weight is not None:
             wide = (T, *[1] * len(shape)) if teacher_weight.dim() == 1 else teacher_weight.shape
             teacher_weight = teacher_weight.reshape(wide).expand(T, *shape)
-        return reference.kl(
+        results = reference.kl(
             student,
             teachers,
             divergence=divergence,
@@ -282,26 +329,30 @@ def kl(
             token_weight=token_weight,
             reduction=reduction,
         )
+        return results if stats else results.loss
     flat = flatten([student, *(teacher.detach() for teacher in teachers)])
     teacher_weight = token_weight.new_ones(1, 1) if teacher_weight is None else teacher_weight.reshape(T, -1)
-    result: Tensor = kl_op(
+    outputs = kl_op(
         *(tensors[0] for tensors in flat[:3]),
         *(tensors[1:] for tensors in flat[:3]),
         teacher_weight,
         None if teacher_index is None else teacher_index.reshape(-1),
         token_weight.reshape(-1),
-        *flat[3:],
+        flat.numbers,
+        number(beta),
+        temperatures(temperature, shape, dtype),
+        flat.vocab_size,
         divergence,
-        float(beta),
-        float(temperature),
         name,
         workspace_bytes or 0,
         reduction == "none",
+        stats,
         wanted(student) if reduction != "none" else [False] * 3,
-    )[0]
+    )
+    result, *_, entropy, teacher_kl = outputs
     if reduction == "none":
-        return result.view(shape)
-    if reduction == "sum":
-        return result
-    total = token_weight.sum()
-    return result / torch.where(total > 0, total, 1)
+        result = result.view(shape)
+    elif reduction == "mean":
+        total = token_weight.sum()
+        result = result / torch.where(total > 0, total, 1)
+    return KL(result, entropy.view(shape), teacher_kl) if stats else result

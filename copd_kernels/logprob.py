@@ -7,21 +7,23 @@ kept for it; otherwise (N, V) logits never exist, and a chunk's are made again b
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from . import reference
 from ._ops import NAMESPACE
-from .checks import check, check_integer, check_integers, check_temperature, check_values, check_workspace
+from .checks import check, check_integer, check_integers, check_temperatures, check_values, check_workspace
 from .flatten import Flat, fake_gradients, flatten, logits_dtype, projections, save, saved, scale, wanted
 from .head import Head, check_head
-from .results import LogProb
+from .results import LogProb, LogProbStats
 from .rows import load, resolve
 from .rows.stats import Side
 from .rows.stats import logprob as logprob_from
+from .rows.torch import spread
 from .schedule import Gradients, Projection, Workspace, empty_logits, keeps_logits
+from .temperature import of_tokens, softcap_of, temperatures, where_they_count
 
 
 @torch.library.custom_op(f"{NAMESPACE}::logprob", mutates_args=())
@@ -30,36 +32,43 @@ def logprob_op(
     lm_head: Tensor,
     bias: Tensor,
     tokens: Tensor,
-    numbers: list[float],
+    numbers: Tensor,
+    temperature: Tensor,
     vocab_size: int,
-    temperature: float,
     ignore_index: int,
     backend: str,
     workspace_bytes: int,
     recompute: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    stats: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logp, entropy, lse), (N,) each, then what is kept for backward: logits (N, V) or (0, V), each row's statistics
-    (3, N) and its top token (N,). `numbers` is the head's scale and softcap."""
+    (3, N) and its top token (N,); then is_top1, mean_logits and log_sum_sq_probs, (N,) each with `stats` or (0,).
+    `numbers` is the head's scale and softcap, `temperature` () or (N,)."""
     head = single(hidden, lm_head, bias, numbers, vocab_size, temperature)
     rows = load(backend)
+    temperature = where_they_count(temperature, tokens != ignore_index)
     outputs = [hidden.new_empty(hidden.shape[0], dtype=logits_dtype([hidden])) for _ in range(3)]
     kept = empty_logits(hidden, head.V, outputs[0].dtype, workspace_bytes, recompute)
     sides, top = kept.new_empty(3, hidden.shape[0]), torch.empty_like(tokens)
+    extra = [x.new_empty(hidden.shape[0] if stats else 0) for x in (tokens.bool(), outputs[0], outputs[0])]
     space = Workspace(hidden.shape[0], 1, head.V, kept, workspace_bytes, kept=kept)
     for chunk in space.chunks:
         keep = tokens[chunk] != ignore_index
         z = space.logits(chunk)
-        head.project(head.read(chunk, keep), z[0], rows)
+        head.project(head.read(chunk, keep), z[0], rows, of_tokens(temperature, chunk))
         side = rows.logprob(z)
         top[chunk] = side.top
         for output, statistic in zip(sides, (side.max, side.tail, side.moment), strict=True):
             output[chunk] = statistic
         token = torch.where(keep, tokens[chunk], 0)
-        results = logprob_from(side, z[0].gather(1, token.unsqueeze(1)).squeeze(1))
-        for output, result in zip(outputs, results, strict=True):
+        results = [*logprob_from(side, z[0].gather(1, token.unsqueeze(1)).squeeze(1))]
+        if stats:
+            results += [(token == side.top) & ~side.norm.isnan(), *spread(z, side)]
+        for output, result in zip((*outputs, *extra), results, strict=stats):
             output[chunk] = torch.where(keep, result, 0)
     logp, entropy, lse = outputs
-    return logp, entropy, lse, kept, sides, top
+    is_top1, mean_logits, log_sum_sq_probs = extra
+    return logp, entropy, lse, kept, sides, top, is_top1, mean_logits, log_sum_sq_probs
 
 
 @torch.library.custom_op(f"{NAMESPACE}::logprob_backward", mutates_args=())
@@ -68,9 +77,9 @@ def logprob_backward(
     lm_head: Tensor,
     bias: Tensor,
     tokens: Tensor,
-    numbers: list[float],
+    numbers: Tensor,
+    temperature: Tensor,
     vocab_size: int,
-    temperature: float,
     ignore_index: int,
     backend: str,
     workspace_bytes: int,
@@ -86,7 +95,11 @@ def logprob_backward(
     """
     head = single(hidden, lm_head, bias, numbers, vocab_size, temperature)
     rows = load(backend)
+    temperature = where_they_count(temperature, tokens != ignore_index)
     upstream = torch.where(tokens != ignore_index, upstream, 0)
+    if temperature.dim():
+        # the rows know of none
+        upstream = upstream / temperature
     gradients = Gradients(head, lm_head.shape[0], want, upstream)
     # kept logits are not overwritten: a second backward reads them again
     own = gradients.dlogits_dtype or (kept.dtype if kept.numel() else None)
@@ -97,11 +110,12 @@ def logprob_backward(
         # what has no upstream gradient contributes nothing, even if it is NaN
         mine = head.read(chunk, (upstream[:, chunk] != 0).any(0))
         if not kept.numel():
-            head.project(mine, z[0], rows)
+            head.project(mine, z[0], rows, of_tokens(temperature, chunk))
         g = upstream[:, chunk] * gradients.factor
         largest, tail, moment = sides[:, chunk]
         side = Side(largest, top[chunk], tail, torch.zeros_like(tail), moment)
-        rows.logprob_grad(z, side, torch.where(keep, tokens[chunk], 0), *g.unbind(), head.cap, dlogits)
+        cap, its_rows = softcap_of(head, temperature, chunk, rows)
+        its_rows.logprob_grad(z, side, torch.where(keep, tokens[chunk], 0), *g.unbind(), cap, dlogits)
         gradients.add(dlogits, mine, chunk)
     # where they are: nobody else holds these sums, and a copy of dlm_head would be the largest allocation here
     finished = (
@@ -116,23 +130,25 @@ def single(
     hidden: Tensor,
     lm_head: Tensor,
     bias: Tensor,
-    numbers: list[float],
+    numbers: Tensor,
     vocab_size: int,
-    temperature: float,
+    temperature: Tensor,
 ) -> Projection:
-    flat = Flat([hidden], [lm_head], [bias], numbers[:1], numbers[1:], [vocab_size])
+    flat = Flat([hidden], [lm_head], [bias], numbers.view(1, 2), [vocab_size])
     return projections(flat, temperature, logits_dtype([hidden]))[0]
 
 
 @logprob_op.register_fake
 def _(
-    hidden: Tensor, lm_head: Tensor, bias: Tensor | None, tokens: Tensor, numbers: list[float], V: int, *rest: Any
+    hidden: Tensor, lm_head: Tensor, bias: Tensor, tokens: Tensor, numbers: Tensor, temperature: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    *_, workspace_bytes, recompute = rest
+    V, *_, workspace_bytes, recompute, stats = rest
     dtype = logits_dtype([hidden])
     per_token = [hidden.new_empty(hidden.shape[:1], dtype=dtype) for _ in range(3)]
     kept = empty_logits(hidden, V, dtype, workspace_bytes, recompute)
-    return *per_token, kept, kept.new_empty(3, hidden.shape[0]), hidden.new_empty(hidden.shape[:1], dtype=torch.int64)
+    sides, top = kept.new_empty(3, hidden.shape[0]), torch.empty_like(tokens)
+    extra = [kept.new_empty(hidden.shape[0] if stats else 0, dtype=x) for x in (torch.bool, dtype, dtype)]
+    return *per_token, kept, sides, top, *extra
 
 
 @logprob_backward.register_fake
@@ -142,47 +158,67 @@ def _(hidden: Tensor, lm_head: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    kept = output[3:]
     # or a (N, V) of zeros would be made for it
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*kept)
-    save(ctx, *inputs[:4], *kept)
-    *ctx.rest, _ = inputs[4:]
+    ctx.mark_non_differentiable(*output[3:])
+    save(ctx, *inputs[:6], *output[3:6])
+    *ctx.rest, _, _ = inputs[6:]
 
 
 def _backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
     needs = list(ctx.needs_input_grad[:3])
     *inputs, kept, sides, top = saved(ctx)
-    *_, tokens = inputs
+    tokens = inputs[3]
     zero = kept.new_zeros(tokens.shape)
     stacked = torch.stack([zero if u is None else u for u in upstream[:3]])
     gradients = logprob_backward(*inputs, *ctx.rest, kept, sides, top, stacked, needs)
-    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *[None] * 8
+    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *[None] * 9
 
 
 logprob_op.register_autograd(_backward, setup_context=_save)
+
+
+@overload
+def logprob(
+    head: Head, tokens: Tensor, *, temperature: float | Tensor = ..., ignore_index: int = ...,
+    stats: Literal[False] = ..., backend: str | None = ..., workspace_bytes: int | None = ...,
+    recompute: bool | str = ...,
+) -> LogProb: ...  # fmt: skip
+
+
+@overload
+def logprob(
+    head: Head, tokens: Tensor, *, temperature: float | Tensor = ..., ignore_index: int = ...,
+    stats: Literal[True], backend: str | None = ..., workspace_bytes: int | None = ...,
+    recompute: bool | str = ...,
+) -> LogProbStats: ...  # fmt: skip
 
 
 def logprob(
     head: Head,
     tokens: Tensor,
     *,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     ignore_index: int = -100,
+    stats: bool = False,
     backend: str | None = None,
     workspace_bytes: int | None = None,
     recompute: bool | str = "auto",
-) -> LogProb:
+) -> LogProb | LogProbStats:
     """logp_n = z_n[tokens_n] - lse_n, entropy_n = -sum_v p_v log p_v, lse_n = log sum_v exp z_v, z = logits over T.
 
-    Ignored positions give 0 in all three and no gradient, even if their hidden states are NaN. A row of logits that is
-    no distribution (a NaN, an infinite logit, no mass at all) gives NaN in all three.
+    With `stats`, without gradient: is_top1_n, whether tokens_n has the largest logit (the lowest id among equals),
+    mean_logits_n = sum_v z_v / V and log_sum_sq_probs_n = log sum_v p_v^2, which trainers log or weigh tokens by (WPO).
+
+    Ignored positions give 0 in all of them and no gradient, even if their hidden states are NaN. A row of logits that
+    is no distribution (a NaN, an infinite logit, no mass at all) gives NaN, and is_top1 False.
 
     Args:
         head: hidden (..., D).
         tokens: (...), int64, each in 0..V-1 or `ignore_index`; checked on the CPU, on CUDA under COPD_DEBUG=1 only.
-        temperature: positive; divides the logits.
+        temperature: positive; divides the logits. A number, or (...), floating: a temperature a token.
         ignore_index: the token id that marks a position as ignored.
+        stats: return a `LogProbStats`, from the same sweep: no GEMM pass more.
         backend: "torch", "triton", "native" or "reference"; where omitted COPD_BACKEND, else the fastest available.
         workspace_bytes: most memory for a chunk's logits; a default for the device where omitted.
         recompute: whether backward makes the logits again. False keeps them until then, which saves a GEMM pass, if all
@@ -192,7 +228,7 @@ def logprob(
 
     Returns:
         (logp, entropy, lse), (...) each, fp32 (fp64 for fp64 inputs), in nats; all differentiable in the head's hidden,
-        lm_head and bias.
+        lm_head and bias. With `stats` also (is_top1, mean_logits, log_sum_sq_probs).
 
     Raises:
         ValueError, TypeError: an argument breaks its rule. RuntimeError: the backend is not available here.
@@ -203,14 +239,15 @@ def logprob(
     check_integers("logprob", "tokens", tokens, shape, device)
     rule = f"be in 0..{head.V - 1} or {ignore_index}"
     check_values("logprob", "tokens", tokens, lambda t: ((t >= 0) & (t < head.V)) | (t == ignore_index), rule)
-    check_temperature("logprob", temperature)
+    check_temperatures("logprob", temperature, tokens != ignore_index)
     check_workspace("logprob", workspace_bytes)
     check("logprob", "recompute", recompute in (True, False, "auto"), "be True, False or 'auto'", repr(recompute))
 
     name = resolve("logprob", backend, device)
     if name == "reference":
-        return reference.logprob(head, tokens, temperature=temperature, ignore_index=ignore_index)
-    hidden, lm_head, bias, scales, softcaps, sizes = (x[0] for x in flatten([head]))
+        results = reference.logprob(head, tokens, temperature=temperature, ignore_index=ignore_index)
+        return results if stats else LogProb(*results[:3])
+    hidden, lm_head, bias, numbers, sizes = (x[0] for x in flatten([head]))
     if recompute == "auto":
         recompute = not keeps_logits(head.hidden)
     outputs = logprob_op(
@@ -218,13 +255,15 @@ def logprob(
         lm_head,
         bias,
         tokens.reshape(-1),
-        [scales, softcaps],
+        numbers,
+        temperatures(temperature, shape, logits_dtype([head.hidden])),
         sizes,
-        float(temperature),
         ignore_index,
         name,
         workspace_bytes or 0,
         # nothing to keep for a backward that will not come
         bool(recompute) or not any(wanted(head)),
+        stats,
     )
-    return LogProb(*(x.view(shape) for x in outputs[:3]))
+    logp, entropy, lse, *extra = (x.view(shape) for x in (*outputs[:3], *outputs[6 if stats else 9 :]))
+    return LogProbStats(logp, entropy, lse, *extra) if stats else LogProb(logp, entropy, lse)

@@ -16,6 +16,7 @@ from ._ops import NAMESPACE
 from .checks import (
     check,
     check_divergence,
+    check_temperature,
     check_tensor,
     check_token_weight,
     check_type,
@@ -26,6 +27,7 @@ from .flatten import (
     fake_gradients,
     flatten,
     logits_dtype,
+    number,
     projections,
     save,
     saved,
@@ -45,13 +47,12 @@ def mutual_op(
     bias: list[Tensor],
     edge_weight: Tensor,
     token_weight: Tensor,
-    scales: list[float],
-    softcaps: list[float],
+    numbers: Tensor,
+    beta: Tensor,
+    temperature: Tensor,
     vocab_sizes: list[int],
     edges: list[int],
     divergence: str,
-    beta: float,
-    temperature: float,
     backend: str,
     workspace_bytes: int,
     want: list[bool],
@@ -61,7 +62,7 @@ def mutual_op(
     `edges` lists student, teacher, student, teacher, ...; `want` has three flags a head.
     """
     dtype = logits_dtype(hidden)
-    heads = projections(Flat(hidden, lm_head, bias, scales, softcaps, vocab_sizes), temperature, dtype)
+    heads = projections(Flat(hidden, lm_head, bias, numbers, vocab_sizes), temperature, dtype)
     pairs = list(zip(edges[::2], edges[1::2], strict=True))
     weight = (edge_weight.unsqueeze(1) * token_weight).to(dtype)  # (E, N)
     token_weight = token_weight.to(dtype)
@@ -86,7 +87,7 @@ def mutual_op(
         for head, mine, out in zip(heads, inputs, z, strict=True):
             head.project(mine, out, rows)
         for student, its_edges in lessons.items():
-            call = (z, student, [pairs[e][1] for e in its_edges], divergence, beta)
+            call = (z, student, [pairs[e][1] for e in its_edges], divergence, beta.item())
             if student in gradients:
                 gradient = gradients[student]
                 dlogits = space.dlogits(chunk, gradient.dlogits_dtype)
@@ -140,7 +141,7 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
             for kind, gradient in enumerate(gradients):
                 if ctx.needs_input_grad[kind][k]:
                     result[kind][k] = scale(gradient, unit * upstream, dtype)
-    return *result, *[None] * 12
+    return *result, *[None] * 11
 
 
 mutual_op.register_autograd(_backward, setup_context=_save)
@@ -180,7 +181,8 @@ def mutual_kl(
     heads = as_heads("mutual_kl", "heads", heads)
     K = len(heads)
     check("mutual_kl", "heads", K >= 2, "have at least two entries", K)
-    check_divergence("mutual_kl", divergence, beta, temperature)
+    check_divergence("mutual_kl", divergence, beta)
+    check_temperature("mutual_kl", temperature)
     check_workspace("mutual_kl", workspace_bytes)
     if edges is None:
         edges = [(s, t) for s in range(K) for t in range(K) if s != t]
@@ -230,11 +232,12 @@ def mutual_kl(
         *flat[:3],
         edge_weight,
         token_weight.reshape(-1),
-        *flat[3:],
+        flat.numbers,
+        number(beta),
+        number(temperature),
+        flat.vocab_size,
         [i for edge in edges for i in edge],
         divergence,
-        float(beta),
-        float(temperature),
         name,
         workspace_bytes or 0,
         [flag for head in heads for flag in wanted(head)],

@@ -14,11 +14,12 @@ import math
 import torch
 from torch import Tensor
 
+from .checks import is_per_token
 from .head import Head
-from .results import Agreement, LogProb, MutualKL
+from .results import KL, Agreement, LogProbStats, MutualKL
 
 
-def log_softmax(head: Head, temperature: float = 1.0) -> Tensor:
+def log_softmax(head: Head, temperature: float | Tensor = 1.0) -> Tensor:
     """(..., V) log-probabilities, fp32 or fp64, from logits in the head's own dtype."""
     return normalise(logits(head) / temperature)[0]
 
@@ -55,14 +56,27 @@ def accumulator(*dtypes: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
-def logprob(head: Head, tokens: Tensor, *, temperature: float = 1.0, ignore_index: int = -100) -> LogProb:
+def logprob(head: Head, tokens: Tensor, *, temperature: float | Tensor = 1.0, ignore_index: int = -100) -> LogProbStats:
     """logp_n = z_n[tokens_n] - lse_n, entropy_n = -sum_v p_v log p_v, lse_n = log sum_v exp(z_v), z = logits / T."""
     keep = tokens != ignore_index
-    z = logits(rows(head, keep)) / temperature
+    z = logits(rows(head, keep)) / column(temperature, keep)
     log_p, lse = normalise(z)
-    logp = log_p.gather(-1, tokens[keep].unsqueeze(-1)).squeeze(-1)
-    entropy = -(log_p.exp() * zero_where(log_p == -torch.inf, log_p)).sum(-1)
-    return LogProb(*(scatter(x, keep) for x in (logp, entropy, lse)))
+    token = tokens[keep].unsqueeze(-1)
+    logp = log_p.gather(-1, token).squeeze(-1)
+    largest = log_p == log_p.amax(-1, keepdim=True)  # none in a row that is no distribution
+    is_top1 = largest.gather(-1, token) & (largest.to(torch.uint8).argmax(-1, keepdim=True) == token)
+    more = is_top1.squeeze(-1), z.mean(-1) + 0 * lse, torch.logsumexp(2 * log_p, -1)
+    results = logp, entropy(log_p), lse, *(x.detach() for x in more)
+    return LogProbStats(*(scatter(x, keep) for x in results))
+
+
+def entropy(log_p: Tensor) -> Tensor:
+    return -(log_p.exp() * zero_where(log_p == -torch.inf, log_p)).sum(-1)
+
+
+def column(temperature: float | Tensor, keep: Tensor) -> float | Tensor:
+    """One number, or the kept tokens' own, (..., 1)."""
+    return temperature[keep].unsqueeze(-1) if is_per_token(temperature, keep.shape) else temperature
 
 
 def diverge(log_p: Tensor, log_q: Tensor, divergence: str, beta: float) -> Tensor:
@@ -109,14 +123,15 @@ def kl(
     *,
     divergence: str,
     beta: float,
-    temperature: float,
+    temperature: float | Tensor,
     teacher_weight: Tensor | None,
     teacher_index: Tensor | None,
     token_weight: Tensor,
     reduction: str,
-) -> Tensor:
+) -> KL:
     """sum_n w_n sum_j w_jn D(student_n, teacher_jn), over sum_n w_n for the mean; w·d per token for "none"."""
     d = token_weight.new_zeros(token_weight.shape)
+    means, has_teacher = [], torch.zeros_like(token_weight, dtype=torch.bool)
     for j, teacher in enumerate(teachers):
         if teacher_index is None:
             assert teacher_weight is not None  # one of the two is given
@@ -126,17 +141,23 @@ def kl(
             owned, weight = teacher_index == j, token_weight.new_ones(())
             theirs = (token_weight != 0)[owned]
         keep = owned & (token_weight != 0)
-        log_p = log_softmax(rows(student, keep), temperature)
-        log_q = log_softmax(rows(teacher.detach(), theirs), temperature)
+        has_teacher = has_teacher | keep
+        T = column(temperature, keep)
+        log_p = log_softmax(rows(student, keep), T)
+        log_q = log_softmax(rows(teacher.detach(), theirs), T)
         term = diverge(log_p, log_q, divergence, beta)
+        means.append(mean(term, token_weight[keep]))
         d = d + scatter(weight.expand_as(token_weight)[keep] * term, keep)
     d = zero_where(token_weight == 0, token_weight * d)
-    if reduction == "none":
-        return d
-    if reduction == "sum":
-        return d.sum()
     total = token_weight.sum()
-    return d.sum() / torch.where(total > 0, total, 1)
+    loss = {"none": d, "sum": d.sum(), "mean": d.sum() / torch.where(total > 0, total, 1)}[reduction]
+    own = entropy(log_softmax(rows(student.detach(), has_teacher), column(temperature, has_teacher)))
+    return KL(loss, scatter(own, has_teacher).to(d.dtype), torch.stack(means).detach())
+
+
+def mean(values: Tensor, weight: Tensor) -> Tensor:
+    total = weight.sum()
+    return (weight * values).sum() / torch.where(total > 0, total, 1)
 
 
 def mutual_kl(
@@ -162,7 +183,7 @@ def mutual_kl(
             teacher_index=None,
             token_weight=token_weight,
             reduction="mean",
-        )
+        ).loss
         for s, t in edges
     ]
     # an edge of weight zero contributes nothing, not even a NaN

@@ -64,14 +64,16 @@ class Projection:
         hidden = self.hidden[rows].to(self.operand)
         return hidden if keep is None else torch.where(keep.unsqueeze(1), hidden, 0)
 
-    def project(self, hidden: Tensor, out: Tensor, rows: ModuleType) -> None:
-        """out (R, V) = z, its softcap by the backend `rows`."""
+    def project(self, hidden: Tensor, out: Tensor, rows: ModuleType, temperature: Tensor | None = None) -> None:
+        """out (R, V) = z, its softcap by the backend `rows`; over `temperature` (R,), where each token has its own."""
         for v, weight in self.tiles():
             addmm(out[:, v], hidden, weight.T, alpha=self.alpha)
         if self.bias is not None:
             out.add_(self.bias, alpha=self.alpha)
         if self.cap is not None:
             rows.softcap(out, self.cap)
+        if temperature is not None:
+            out.div_(temperature.unsqueeze(1))
 
     def tiles(self) -> Iterator[tuple[slice, Tensor]]:
         """lm_head in the operands' dtype: as it is, or widened a few rows at a time."""

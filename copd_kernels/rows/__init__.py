@@ -12,7 +12,8 @@ applied), contiguous. Per-token results are (R,) or (T, R) in z's dtype.
 
 `student` and `teachers` index the heads. `dlogits` (R, V), in the dtype the GEMM reads, receives the gradient with
 respect to hidden @ lm_head.T + bias over alpha; it may be the student's own logits, which are then overwritten.
-`weight` (T, R) multiplies each divergence's gradient, never its value. `cap` is the student's softcap over temperature.
+`weight` (T, R) multiplies each divergence's gradient, never its value. `cap` is the student's softcap over temperature;
+the torch rows take (R,) of them too.
 
 A row with a NaN, an infinite logit or no mass at all is no distribution: every number made from it is NaN, and so is
 its gradient, on both sides. A row whose weights (or upstream gradients) are all 0 has a gradient of exactly 0, and a

@@ -39,7 +39,7 @@ def logprob_grad(
     dlogp: Tensor,
     dentropy: Tensor,
     dlse: Tensor,
-    cap: float | None,
+    cap: float | Tensor | None,
     dlogits: Tensor,
 ) -> None:
     """g_v = dlogp (1[v = token] - p_v) - dentropy p_v (log p_v + entropy) + dlse p_v, finite even where p_v = 0."""
@@ -55,7 +55,17 @@ def logprob_grad(
         at_top = logprob_at_top(own, token, dl, dh, dn)
         g.scatter_add_(1, column(token), column(dl))
         g.scatter_(1, column(own.top), column(at_top))
-        finish(g, logits[rows], cap, (dl == 0) & (dh == 0) & (dn == 0), dlogits[rows])
+        finish(g, logits[rows], of_rows(cap, rows), (dl == 0) & (dh == 0) & (dn == 0), dlogits[rows])
+
+
+def spread(z: Tensor, side: Side) -> tuple[Tensor, Tensor]:
+    """Mean logit and log sum_v p_v^2 of the first head's rows, which have the statistics `side`."""
+    mean, square = torch.empty_like(side.max), torch.empty_like(side.max)
+    for rows, (e,) in blocks(z, 1):
+        torch.mean(z[0, rows], 1, out=mean[rows])
+        torch.sub(z[0, rows], column(side.max[rows]), out=e).exp_().scatter_(1, column(side.top[rows].clamp(min=0)), 0)
+        square[rows] = torch.linalg.vecdot(e, e)
+    return mean + 0 * side.norm, torch.log1p(square) - 2 * side.norm
 
 
 def kl(
@@ -65,7 +75,7 @@ def kl(
     divergence: str,
     beta: float,
     weight: Tensor | None = None,
-    cap: float | None = None,
+    cap: float | Tensor | None = None,
     dlogits: Tensor | None = None,
 ) -> Tensor:
     value = z.new_empty(len(teachers), z.shape[1])
@@ -77,7 +87,7 @@ def kl(
         else:
             value[:, rows], g = _kl(z[student, rows], others, divergence, w, scratch)
         if g is not None and dlogits is not None and w is not None:
-            finish(g, z[student, rows], cap, (w == 0).all(0), dlogits[rows])
+            finish(g, z[student, rows], of_rows(cap, rows), (w == 0).all(0), dlogits[rows])
     return value
 
 
@@ -230,7 +240,11 @@ def column(row_values: Tensor) -> Tensor:
     return row_values.unsqueeze(1)
 
 
-def finish(g: Tensor, z: Tensor, cap: float | None, weightless: Tensor, dlogits: Tensor) -> None:
+def of_rows(cap: float | Tensor | None, rows: slice) -> float | Tensor | None:
+    return column(cap[rows]) if isinstance(cap, Tensor) else cap
+
+
+def finish(g: Tensor, z: Tensor, cap: float | Tensor | None, weightless: Tensor, dlogits: Tensor) -> None:
     """Through the softcap, into the GEMM's dtype; rows (R,) without weight become 0 whatever they hold."""
     if cap is not None:
         g.mul_(1 - (z / cap).square_())

@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 from kernel_cases import DIVERGENCES, cast, gradients, make, relative
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from copd_kernels import Head, agreement, kl, logprob, mutual_kl, schedule
 from copd_kernels.agreement import agreement_op
-from copd_kernels.flatten import flatten, scale
+from copd_kernels.flatten import flatten, number, scale
 from copd_kernels.kl import kl_op
 from copd_kernels.logprob import logprob_backward, logprob_op
 from copd_kernels.mutual import mutual_op
@@ -27,19 +28,23 @@ def test_opcheck_passes_for_kl(routed, per_token):
     rows = N // 2 if routed else N
     flat = flatten([make(N, D, V), make(rows, D, V).detach(), make(rows, D, V).detach()])
     weight = torch.ones(1, 1) if routed else torch.full((2, 1), 0.5)
-    tensors = (*(x[0] for x in flat[:3]), *(x[1:] for x in flat[:3]), weight, index, torch.rand(N))
+    tensors = (*(x[0] for x in flat[:3]), *(x[1:] for x in flat[:3]), weight, index, torch.rand(N), flat.numbers)
     want = [not per_token, not per_token, False]
-    rest = (*flat[3:], "reverse", 0.5, 1.0, "torch", 0, per_token, want)
+    temperature = torch.rand(N) + 0.5 if per_token else number(1.3)
+    rest = (number(0.5), temperature, flat.vocab_size, "reverse", "torch", 0, per_token, routed, want)
     torch.library.opcheck(kl_op, (*tensors, *rest))
 
 
 @pytest.mark.parametrize("recompute", [True, False])
 def test_opcheck_passes_for_logprob(recompute):
     head, tokens = make(N, D, V), torch.randint(0, V, (N,))
-    tensors, rest = (head.hidden, head.lm_head, torch.empty(0), tokens), ([1.0, 0.0], V, 1.0, -100, "torch", 0)
-    torch.library.opcheck(logprob_op, (*tensors, *rest, recompute))
+    temperature = torch.rand(N) + 0.5 if recompute else number(1.3)
+    numbers = torch.tensor([0.7, 0.0], dtype=torch.float64)
+    tensors = (head.hidden, head.lm_head, torch.empty(0), tokens, numbers, temperature)
+    rest = (V, -100, "torch", 0)
+    torch.library.opcheck(logprob_op, (*tensors, *rest, recompute, not recompute))
     tensors = [x.detach() for x in tensors]
-    kept, sides, top = logprob_op(*tensors, *rest, recompute)[3:]
+    kept, sides, top = logprob_op(*tensors, *rest, recompute, False)[3:6]
     assert kept.shape == (0 if recompute else N, V)
     backward = (*tensors, *rest, kept, sides, top, torch.rand(3, N), [True, True, False])
     torch.library.opcheck(logprob_backward, backward)
@@ -47,10 +52,11 @@ def test_opcheck_passes_for_logprob(recompute):
 
 def test_opcheck_passes_for_mutual_kl_agreement_and_scale():
     flat = flatten([make(N, D, V), make(N, D, V)])
-    options = ("reverse", 0.5, 1.0, "torch", 0, [True, True, False] * 2)
-    torch.library.opcheck(mutual_op, (*flat[:3], torch.ones(2), torch.ones(N), *flat[3:], [0, 1, 1, 0], *options))
+    tensors = (*flat[:3], torch.ones(2), torch.ones(N), flat.numbers, number(0.5), number(1.3))
+    options = (flat.vocab_size, [0, 1, 1, 0], "reverse", "torch", 0, [True, True, False] * 2)
+    torch.library.opcheck(mutual_op, (*tensors, *options))
     flat = flatten([make(N, D, V).detach() for _ in range(3)])
-    torch.library.opcheck(agreement_op, (*flat, 5, 1.0, "torch", 0))
+    torch.library.opcheck(agreement_op, (*flat, 5, number(1.3), "torch", 0))
     torch.library.opcheck(scale, (torch.rand(5, 3), torch.tensor(2.0), torch.bfloat16))
 
 
@@ -69,6 +75,35 @@ def test_compiles_without_a_graph_break():
     torch.testing.assert_close(compiled, eager)
     for name, g in gradients(compiled, student).items():
         torch.testing.assert_close(g, gradients(eager, student)[name])
+
+
+NUMBERS = {
+    "kl": lambda s, t, T, beta: kl(s, t, divergence="jsd", temperature=T, beta=beta),
+    "kl, per token": lambda s, t, T, beta: kl(s, t, divergence="jsd", temperature=T, beta=beta, reduction="none").sum(),
+    "logprob": lambda s, t, T, beta: logprob(s, torch.arange(N), temperature=T).logp.sum(),
+    "mutual_kl": lambda s, t, T, beta: mutual_kl([s, t], divergence="jsd", temperature=T, beta=beta).loss,
+    "agreement": lambda s, t, T, beta: s.hidden.sum() * agreement(s, t, temperature=T).forward_kl.sum(),
+}
+
+
+@pytest.mark.parametrize("op", NUMBERS)
+@pytest.mark.parametrize("dynamic", [True, None])
+def test_ten_temperatures_betas_scales_and_softcaps_are_one_graph(dynamic, op):
+    student, teacher = make(N, D, V), make(N, D, V)
+
+    def run(T, beta, scale, softcap):
+        return NUMBERS[op](replace(student, scale=scale, softcap=softcap), replace(teacher, scale=softcap), T, beta)
+
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(run, fullgraph=True, backend=counter, dynamic=dynamic)
+    for i in range(10):
+        numbers = (0.5 + i / 10, 0.05 + i / 11, 0.7 + i / 20, 2.0 + i / 3)
+        got, want = compiled(*numbers), run(*numbers)
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(*(torch.autograd.grad(x, student.hidden)[0] for x in (got, want)))
+    # torch takes the very first numbers for constants, unless it is told not to
+    assert counter.frame_count == (1 if dynamic else 2)
 
 
 def test_autocast_is_honoured():
