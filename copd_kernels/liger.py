@@ -59,7 +59,8 @@ class LigerFusedLinearJSD(nn.Module):
         if shift_labels is not None:
             student, teacher = kept(shift_labels != self.ignore_index, student, teacher)
         check_rows(type(self).__name__, student, teacher)
-        return kl(student, teacher, temperature=self.temperature, **divergence_of(self.jsd_beta))
+        loss: Tensor = kl(student, teacher, temperature=self.temperature, **divergence_of(self.jsd_beta))
+        return loss
 
 
 class LigerFusedLinearJSDLoss(nn.Module):
@@ -104,7 +105,7 @@ class LigerFusedLinearJSDLoss(nn.Module):
         student = Head(student_input, student_weight, student_bias)
         student, teacher = kept(keep, student, Head(teacher_input, teacher_weight, teacher_bias))
         check_rows(type(self).__name__, student, teacher)
-        soft = kl(student, teacher, temperature=self.temperature, **divergence_of(self.beta))
+        soft: Tensor = kl(student, teacher, temperature=self.temperature, **divergence_of(self.beta))
         if not (self.weight_hard_loss or self.return_soft_hard_loss):
             return self.weight_soft_loss * soft
         # not .mean(): without a token it is 0, as in Liger
