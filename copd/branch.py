@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from copd.batch import Batch, NonFiniteLoss, deal, draw
 from copd.config import Config
-from copd.distill import Lesson, TeacherScore
+from copd.distill import Lesson, TeacherScore, teacher_weights
 from copd.loss import loss_of, mismatch
 from copd.model import hidden_states
 from copd.rlvr import token_weights
@@ -105,9 +105,8 @@ class Branch:
         rollout = self.rollout(draw(task, count, step, *key), seed_of("sample", *key, step))
         # the sampled signal needs no more of the teacher than its log-probs, but for the logged overlap
         keep = cfg.opd.overlap_tokens if cfg.opd.signal == "sampled" else math.inf
-        own = 1 / (1 + len(others)) if cfg.opd.owner_weight is None or not others else cfg.opd.owner_weight
-        weight = [own, *[(1 - own) / len(others) for _ in others]]
         scores = [teacher.score(rollout, keep) for teacher in (owner, *others)]
+        weight = teacher_weights(scores, rollout, lambda: rewards(task, rollout), cfg)
         return Batch(task.name, rollout, self._weights(rollout), lesson=Lesson(scores, cfg.opd.signal, weight))
 
     def routed_batch(self, owners: Sequence[Branch], step: int) -> Batch:
@@ -246,7 +245,7 @@ class Branch:
 
     def _agreement(self, batch: Batch, lesson: Lesson) -> dict[str, float]:
         """Top-k overlap with, and δ of, each teacher before the update, on the first tokens of the batch."""
-        found: dict[str, float] = {}
+        found = lesson.weights_by_name(batch.domain)
         for teacher in lesson.teachers:
             name = teacher.name
             sums, deltas = self.compare(batch.rollout, teacher, self.cfg.opd.overlap_tokens)

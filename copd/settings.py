@@ -174,8 +174,10 @@ class OPDConfig:
     """`live`: the teacher's weights of this very step; `phase_start`: frozen when the phase began"""
     teachers: Literal["owner", "all"] = "owner"
     """who scores a cross batch: the branch that owns its prompts, or every other branch in one sweep"""
+    teacher_weight: Literal["fixed", "better"] = "fixed"
+    """with `all`: `owner_weight`, or by how much each teacher's way raises the reward of the student's rollouts"""
     owner_weight: float | None = None
-    """with `all`: weight of the owner, the rest being shared by the others; None weighs all the same"""
+    """with `fixed`: weight of the owner, the rest being shared by the others; None weighs all the same"""
     batch: Literal["per_edge", "split"] = "per_edge"
     """`prompts` for each teacher, or shared out among a branch's teachers"""
     overlap_tokens: int = 4096
@@ -186,6 +188,8 @@ class OPDConfig:
         require(0 <= self.jsd_beta <= 1, "opd.jsd_beta must be in [0, 1]", self.jsd_beta)
         weight = self.owner_weight
         require(weight is None or 0 <= weight <= 1, "opd.owner_weight must be in [0, 1]", weight)
+        rule = "opd.owner_weight must be null with teacher_weight: better"
+        require(weight is None or self.teacher_weight == "fixed", rule, weight)
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,10 @@ from copd_cases import make_branch, make_config, reward_longer, same, weights
 from copd import checkpoint
 from copd.branch import Branch
 from copd.coevolve import coevolve, gather, make_plan
+from copd.distill import TeacherScore, teacher_weights
 from copd.lab.start import start
 from copd.merge import merge
+from copd.rlvr import advantages
 from copd.train import Run, device_of, run
 
 
@@ -153,6 +155,53 @@ def test_the_owner_weighs_what_the_config_says(tmp_path):
         lesson = type(batch.lesson)([score], "forward", [1.0])
         apart.append(gradient(student, type(batch)(batch.domain, batch.rollout, batch.weight, lesson=lesson)))
     torch.testing.assert_close(gradient(student, batch), 0.75 * apart[0] + 0.25 * apart[1], rtol=1e-4, atol=1e-6)
+
+
+def opinions(rollout, cfg, *slopes):
+    """Teachers whose log-probs are the student's plus so much times the advantage of each row."""
+    rows = rollout.micro_batches(cfg.micro_batch_tokens)
+    advantage = advantages(torch.arange(len(rollout.mask)).view(2, 3).float(), cfg.rlvr).view(-1, 1)
+    said = [[(rollout.logp + slope * advantage)[r][rollout.mask[r]] for r in rows] for slope in slopes]
+    return [TeacherScore(f"teacher{i}", [], logp) for i, logp in enumerate(said)]
+
+
+@pytest.mark.parametrize(
+    ("slopes", "weight"),
+    [((1, 2), [1 / 3, 2 / 3]), ((-1, 2, 2), [0, 0.5, 0.5]), ((1, -3), [1, 0]), ((-1, -2), [1, 0]), ((0, 0), [1, 0])],
+)
+def test_teachers_weigh_by_how_much_their_way_raises_the_reward(tmp_path, slopes, weight):
+    domains = ("text", "image", "video")
+    cfg = make_config(tmp_path, "opd.teacher_weight=better", "micro_batch_tokens=60", domains=domains)
+    rollout = make_branch(cfg).native_batch(0).rollout
+    assert len(rollout.micro_batches(60)) > 1
+    reward = torch.arange(6).view(2, 3).float()
+    found = teacher_weights(opinions(rollout, cfg, *slopes), rollout, lambda: reward, cfg)
+    assert found == pytest.approx(weight)
+    # a constant reward says nothing, and one that failed leaves its row out
+    assert teacher_weights(opinions(rollout, cfg, *slopes), rollout, lambda: 0 * reward, cfg) == [
+        1,
+        *[0] * (len(slopes) - 1),
+    ]
+    reward[0, 0] = torch.nan
+    found = teacher_weights(opinions(rollout, cfg, *slopes), rollout, lambda: reward, cfg)
+    assert [w > 0 for w in found] == [w > 0 for w in weight]
+
+
+def test_weights_by_who_is_better_are_those_of_the_sweep_and_logged(tmp_path):
+    settings = ("opd.signal=forward", "opd.teachers=all", "opd.teacher_weight=better", "topology=all")
+    cfg = make_config(tmp_path, *settings, domains=("text", "image", "video"))
+    student, owner, other = (make_branch(cfg, n, s) for n, s in (("text", 0), ("image", 1), ("video", 2)))
+    owner.tasks[0].reward = reward_longer
+    batch = student.cross_batch(owner, 0, others=(other,))
+    weight = batch.lesson.weight
+    assert sum(weight) == pytest.approx(1)
+    metrics = student.learn([batch])
+    assert [metrics[f"teacher_weight/image/{name}"] for name in ("image", "video")] == weight
+
+
+def test_an_owner_weight_beside_weights_by_who_is_better_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"opd.owner_weight must be null with teacher_weight: better; got 0.5"):
+        make_config(tmp_path, "opd.teacher_weight=better", "opd.owner_weight=0.5")
 
 
 def test_with_all_teachers_everybody_but_the_student_scores(tmp_path):
