@@ -33,9 +33,9 @@ LINES = 5  # of a failed run's log
 class Study:
     output_dir: str = "runs/study"
     """folder of the study: <variant>/<arm>-seed<seed>/ below it"""
-    arms: dict[str, dict[str, Any]] = field(default_factory=lambda: {a: {} for a in METHODS})
+    arms: dict[str, dict[str, Any]] = field(default_factory=dict)
     """what is compared: settings of each, its `method` being its name unless they say otherwise; the first one that is
-    `independent` also gives the experts of `mopd`"""
+    `independent` also gives the experts of `mopd`; none given are the four methods as they are"""
     only: list[str] = field(default_factory=lambda: ["*"])
     """patterns of <variant>/<arm>: those to run now"""
     seeds: list[int] = field(default_factory=lambda: [0])
@@ -48,6 +48,8 @@ class Study:
     """settings of each suite, laid over `common`"""
 
     def __post_init__(self) -> None:
+        if not self.arms:  # a default that a file's arms would be merged into
+            object.__setattr__(self, "arms", {method: {} for method in METHODS})
         for variant in self.variants:
             for arm in self.arms:
                 schema.load(LabConfig, self.tree(variant, 0, arm))

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from copd import checkpoint, files, schema
 from copd.lab import study
@@ -26,6 +27,7 @@ def test_the_bundled_studies_load(tmp_path, name):
         for arm in plan.arms:
             path = study.write_config(plan, variant, 3, arm)
             cfg = schema.load(LabConfig, path)
+            assert list(plan.arms) == list(OmegaConf.load(CONFIGS / f"{name}.yaml").get("arms", study.METHODS))
             assert (cfg.arm, cfg.method, cfg.seed, cfg.variant) == (arm, plan.method(arm), 3, variant)
 
 
