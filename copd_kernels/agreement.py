@@ -96,7 +96,7 @@ def agreement(
     check_temperature("agreement", temperature)
     check_workspace("agreement", workspace_bytes)
 
-    name = resolve("agreement", backend, student.hidden.device, 1 + len(teachers), len(teachers))
+    name = resolve("agreement", backend, student.hidden.device)
     if name == "reference":
         return reference.agreement(student, teachers, k=k, temperature=temperature)
     flat = flatten([student, *teachers])

@@ -313,7 +313,7 @@ def kl(
 
     check_workspace("kl", workspace_bytes)
 
-    name = resolve("kl", backend, device, 1 + T, T if teacher_index is None else 1)
+    name = resolve("kl", backend, device)
     if name == "reference":
         if teacher_weight is not None:
             wide = (T, *[1] * len(shape)) if teacher_weight.dim() == 1 else teacher_weight.shape

@@ -13,29 +13,14 @@
 #include "hopper.cuh"
 #endif
 #include "rows.h"
+#include "running.cuh"
 
 namespace copd::cuda {
 namespace {
 
 namespace cg = cooperative_groups;
 
-#ifndef COPD_THREADS
-#define COPD_THREADS 512
-#endif
-constexpr int THREADS = COPD_THREADS, WARPS = THREADS / 32;
 constexpr int MAX_TEACHERS = 16;
-
-template <class S> struct Sides {
-    Side<S> s, t;
-};
-
-template <class S> __device__ Sides<S> merge(const Sides<S>& a, const Sides<S>& b) {
-    return {merge(a.s, b.s), merge(a.t, b.t)};
-}
-
-template <class S> __device__ JsdSums<S> merge(const JsdSums<S>& a, const JsdSums<S>& b) {
-    return {a.to_teacher + b.to_teacher, a.to_student + b.to_student, a.moment + b.moment};
-}
 
 // What a kernel is told, by value.
 template <class S, class Out> struct Work {
@@ -82,8 +67,8 @@ template <class S> struct FromMemory {
 
     __device__ int64_t first_row() const { return blockIdx.x; }
     __device__ int64_t row_step() const { return gridDim.x; }
-    __device__ int64_t begin() const { return 0; }
-    __device__ int64_t end() const { return V; }
+    __device__ Index<S> begin() const { return 0; }
+    __device__ Index<S> end() const { return V; }
     __device__ void wait(int) {}
     __device__ void release(int) {}
     __device__ void finish_row(bool) { __syncthreads(); }
@@ -104,7 +89,7 @@ template <class S> struct FromMemory {
             }
         } else {
 #pragma unroll
-            for (int i = 0; i < N; ++i) x[i] = col + i < V ? from[i] : -INFINITE<S>;
+            for (int i = 0; i < N; ++i) x[i] = col + i < V ? from[i] : LOWEST<S>;
         }
     }
 };
@@ -163,8 +148,8 @@ struct FromCluster {
 
     __device__ int64_t first_row() const { return row; }
     __device__ int64_t row_step() const { return step; }
-    __device__ int64_t begin() const { return start; }
-    __device__ int64_t end() const { return stop; }
+    __device__ int begin() const { return start; }
+    __device__ int end() const { return stop; }
 
     // Thread 0 asks for the segment that comes `ahead` of this row's first one, if there is one.
     __device__ void request(int ahead) {
@@ -231,32 +216,6 @@ struct FromCluster {
 
 // --- working on a row -----------------------------------------------------------------------------
 
-// Merges what the threads of a block hold; thread 0 gets it.
-template <class X> __device__ X reduce(X x, X (&shared)[WARPS]) {
-    auto from_lane = [](X mine, int offset) {
-        X theirs;
-        constexpr int WORDS = sizeof(X) / 4;
-        uint32_t words[WORDS];
-        memcpy(words, &mine, sizeof(X));
-#pragma unroll
-        for (int i = 0; i < WORDS; ++i) words[i] = __shfl_down_sync(~0u, words[i], offset);
-        memcpy(&theirs, words, sizeof(X));
-        return theirs;
-    };
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-#pragma unroll
-    for (int offset = 16; offset; offset /= 2) x = merge(x, from_lane(x, offset));
-    __syncthreads();
-    if (lane == 0) shared[warp] = x;
-    __syncthreads();
-    if (warp == 0) {
-        x = shared[lane % WARPS];
-#pragma unroll
-        for (int offset = WARPS / 2; offset; offset /= 2) x = merge(x, from_lane(x, offset));
-    }
-    return x;
-}
-
 __device__ void narrow(float x, float& y) { y = x; }
 __device__ void narrow(double x, double& y) { y = x; }
 // beyond its range a number becomes infinite, never a wrong finite one
@@ -284,9 +243,29 @@ __device__ void store(Out* to, const S (&x)[N], bool aligned, int64_t room) {
 
 // Calls f(tile number, first column) for this thread's columns, tile by tile.
 template <class Rows, class F> __device__ void sweep(Rows& rows, F f) {
-    int i = 0;
-    for (int64_t tile = rows.begin(); tile < rows.end(); tile += THREADS * Rows::N, ++i)
-        f(i, tile + threadIdx.x * Rows::N);
+    auto col = rows.begin() + (decltype(rows.begin()))threadIdx.x * Rows::N;
+    int tiles = (rows.end() - rows.begin() + THREADS * Rows::N - 1) / (THREADS * Rows::N);
+    for (int i = 0; i < tiles; ++i, col += THREADS * Rows::N) f(i, col);
+}
+
+// This thread's side of head `a` beside head `b`, from what it has run through.
+template <Moment M, class S, int N, class Rows>
+__device__ Side<S> side_of(Rows& rows, const Running<M, S, N>& running, int a, int b, int64_t r) {
+    S z[N], other[N] = {};
+    auto load = [&](int i, Index<S> col) {
+        rows.load(i, a, r, col, z);
+        if constexpr (M != Moment::of_logits) rows.load(i, b, r, col, other);
+    };
+    Side<S> side;
+    if (running.first >= 0) load((running.first - rows.begin()) / (THREADS * N), running.first);
+    if (running.settle(z, other, side)) return side;
+    sweep(rows, [&](int i, Index<S> col) {
+        if (col >= rows.end()) return;
+        load(i, col);
+        for (S& x : z) x = x == LOWEST<S> ? -INFINITE<S> : x;
+        fold<M != Moment::none>(side, z, other, col, 1);
+    });
+    return side;
 }
 
 template <Divergence D, class S, class Out, class Rows>
@@ -294,19 +273,24 @@ __device__ void kl_rows(Rows& rows, const Work<S, Out>& work, Scratch<S>& shared
     constexpr int N = Rows::N;
     constexpr bool P = D == Divergence::reverse || D == Divergence::symmetric;
     constexpr bool Q = D == Divergence::forward || D == Divergence::symmetric;
+    constexpr Moment OF_P = P ? Moment::of_difference : Moment::none;
+    constexpr Moment OF_Q = Q ? Moment::of_difference : Moment::none;
     int turn = 0;
     for (int64_t r = rows.first_row(); r < work.R; r += rows.row_step(), turn ^= 1) {
         for (int j = 0; j < work.T; ++j) {
-            Sides<S> sides;
-            sweep(rows, [&](int i, int64_t col) {
+            Running<OF_P, S, N> student;
+            Running<OF_Q, S, N> teacher;
+            sweep(rows, [&](int i, Index<S> col) {
                 if (j == 0) rows.wait(i);
                 if (col >= rows.end()) return;
                 S s[N], t[N];
                 rows.load(i, work.student, r, col, s);
                 rows.load(i, work.teachers[j], r, col, t);
-                fold<P>(sides.s, s, t, (Index<S>)col, 1);
-                fold<Q>(sides.t, t, s, (Index<S>)col, 1);
+                student.add(s, t, col);
+                teacher.add(t, s, col);
             });
+            Sides<S> sides{side_of(rows, student, work.student, work.teachers[j], r),
+                           side_of(rows, teacher, work.teachers[j], work.student, r)};
             sides = reduce(sides, shared.sides);
             if (threadIdx.x == 0) shared.partial_sides[turn][j] = sides;
         }
@@ -325,13 +309,13 @@ __device__ void kl_rows(Rows& rows, const Work<S, Out>& work, Scratch<S>& shared
             for (int j = 0; j < work.T; ++j) {
                 JsdSums<S> sums;
                 const Pair<S> pair = shared.pairs[j];
-                sweep(rows, [&](int i, int64_t col) {
+                sweep(rows, [&](int i, Index<S> col) {
                     if (col >= rows.end()) return;
                     S s[N], t[N];
                     rows.load(i, work.student, r, col, s);
                     rows.load(i, work.teachers[j], r, col, t);
 #pragma unroll
-                    for (int n = 0; n < N; ++n) jsd_term(sums, s[n], t[n], (Index<S>)(col + n), pair, work.mixture);
+                    for (int n = 0; n < N; ++n) jsd_term(sums, s[n], t[n], col + n, pair, work.mixture);
                 });
                 sums = reduce(sums, shared.sums);
                 if (threadIdx.x == 0) shared.partial_sums[turn][j] = sums;
@@ -348,7 +332,7 @@ __device__ void kl_rows(Rows& rows, const Work<S, Out>& work, Scratch<S>& shared
             __syncthreads();
             const RowGradient<S> gradient = shared.gradient;
             Out* out = work.dlogits + r * work.V;
-            sweep(rows, [&](int i, int64_t col) {
+            sweep(rows, [&](int i, Index<S> col) {
                 if (col < rows.end()) {
                     S s[N], a[N] = {}, b[N] = {};
                     rows.load(i, work.student, r, col, s);
@@ -379,14 +363,15 @@ __device__ void logprob_rows(Rows& rows, const Work<S, Out>& work, Scratch<S>& s
     int turn = 0;
     for (int64_t r = rows.first_row(); r < work.R; r += rows.row_step(), turn ^= 1) {
         if (!work.dlogits) {
-            Sides<S> sides;
-            sweep(rows, [&](int i, int64_t col) {
+            Running<Moment::of_logits, S, N> running;
+            sweep(rows, [&](int i, Index<S> col) {
                 rows.wait(i);
                 if (col >= rows.end()) return;
                 S x[N], nothing[N] = {};
                 rows.load(i, 0, r, col, x);
-                fold<true>(sides.s, x, nothing, (Index<S>)col, 1);
+                running.add(x, nothing, col);
             });
+            Sides<S> sides{side_of(rows, running, 0, 0, r), {}};
             sides = reduce(sides, shared.sides);
             if (threadIdx.x == 0) shared.partial_sides[turn][0] = sides;
             const Side<S> side = rows.combined(shared.partial_sides, turn, 1).s.distribution();
@@ -399,13 +384,13 @@ __device__ void logprob_rows(Rows& rows, const Work<S, Out>& work, Scratch<S>& s
             const LogProbGradient<S> gradient(side, (Index<S>)work.tokens[r], work.upstream[0][r],
                                               work.upstream[1][r], work.upstream[2][r], work.cap);
             Out* out = work.dlogits + r * work.V;
-            sweep(rows, [&](int i, int64_t col) {
+            sweep(rows, [&](int i, Index<S> col) {
                 rows.wait(i);
                 if (col < rows.end()) {
                     S x[N];
                     rows.load(i, 0, r, col, x);
 #pragma unroll
-                    for (int n = 0; n < N; ++n) x[n] = dlogit(x[n], (Index<S>)(col + n), gradient);
+                    for (int n = 0; n < N; ++n) x[n] = dlogit(x[n], col + n, gradient);
                     store(out + col, x, work.aligned, work.V - col);
                     if (gradient.top >= col && gradient.top < col + N) narrow(at_top(gradient), out[gradient.top]);
                 }
