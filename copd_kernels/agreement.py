@@ -24,6 +24,7 @@ def agreement_op(
     bias: list[Tensor],
     numbers: Tensor,
     vocab_sizes: list[int],
+    shard: str,
     k: int,
     temperature: Tensor,
     backend: str,
@@ -31,11 +32,11 @@ def agreement_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(overlap, forward_kl, reverse_kl), (T, N) each; the first head is the student."""
     dtype = logits_dtype(hidden)
-    heads = projections(Flat(hidden, lm_head, bias, numbers, vocab_sizes), temperature, dtype)
+    heads = projections(Flat(hidden, lm_head, bias, numbers, vocab_sizes, shard), temperature, dtype)
     N, teachers = hidden[0].shape[0], list(range(1, len(heads)))
-    rows = load(backend)
+    rows = load(backend, shard)
     outputs = [hidden[0].new_empty(len(teachers), N, dtype=dtype) for _ in range(3)]
-    space = Workspace(N, len(heads), heads[0].V, outputs[0], workspace_bytes)
+    space = Workspace(N, len(heads), heads[0].columns, outputs[0], workspace_bytes)
     for chunk in space.chunks:
         z = space.logits(chunk)
         for head, out in zip(heads, z, strict=True):
@@ -96,7 +97,7 @@ def agreement(
     check_temperature("agreement", temperature)
     check_workspace("agreement", workspace_bytes)
 
-    name = resolve("agreement", backend, student.hidden.device)
+    name = resolve("agreement", backend, student.hidden.device, student.shard.split)
     if name == "reference":
         return reference.agreement(student, teachers, k=k, temperature=temperature)
     flat = flatten([student, *teachers])

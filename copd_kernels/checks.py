@@ -24,10 +24,15 @@ def _message(op: str, argument: str, rule: str, got: object, fix: str) -> str:
     return f"{op}: {argument} must {rule}; got {got}" + (f"; {fix}" if fix else "")
 
 
-def check_tensor(op: str, argument: str, got: object) -> None:
+def is_dtensor(got: object) -> bool:
+    # by name: to import the class takes longer than most programs need
+    return type(got).__name__ == "DTensor"
+
+
+def check_tensor(op: str, argument: str, got: object, split: bool = False) -> None:
+    """With `split`, a tensor of a head that may be split over ranks."""
     check_type(op, argument, isinstance(got, Tensor), "be a tensor", type(got).__name__)
-    fix = "use through_head, or read it where its module is unsharded"
-    check_type(op, argument, type(got).__name__ != "DTensor", "be whole", "a DTensor", fix)
+    check_type(op, argument, split or not is_dtensor(got), "be a plain tensor", "a DTensor", "pass its to_local()")
 
 
 def check_number(op: str, argument: str, got: object) -> None:

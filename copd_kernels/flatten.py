@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from ._ops import NAMESPACE
-from .checks import check_type
+from .checks import check_type, is_dtensor
 from .head import Head, autocasts
 from .reference import accumulator
 from .schedule import Projection, operand_dtype
+from .shard import Shard
 
 
 class Flat(NamedTuple):
@@ -21,7 +22,8 @@ class Flat(NamedTuple):
     lm_head: list[Tensor]  # (V or more, D)
     bias: list[Tensor]  # (V or more,) or (0,)
     numbers: Tensor  # (H, 2), fp64 on the CPU: scale, and softcap or 0
-    vocab_size: list[int]
+    vocab_size: list[int]  # of this rank's tokens
+    shard: str  # `Shard.text` of all of them
 
 
 def flatten(heads: list[Head]) -> Flat:
@@ -35,12 +37,16 @@ def flatten(heads: list[Head]) -> Flat:
         [cast(head.lm_head) for head in heads],
         [cast(head.lm_head).new_empty(0) if head.bias is None else cast(head.bias) for head in heads],
         torch.stack([number(x) for head in heads for x in (head.scale, head.softcap)]).view(-1, 2),
-        [head.V for head in heads],
+        [heads[0].shard.tokens(head.V) for head in heads],
+        heads[0].shard.text,
     )
 
 
 def cast(x: Tensor) -> Tensor:
-    return x.to(torch.get_autocast_dtype(x.device.type)) if x.dtype != torch.float64 and autocasts(x) else x
+    """This rank's part of x, in autocast's dtype where autocast is on."""
+    part: Tensor = x.to_local() if is_dtensor(x) else x  # type: ignore[attr-defined]  # a DTensor
+    autocast = part.dtype != torch.float64 and autocasts(part)
+    return part.to(torch.get_autocast_dtype(part.device.type)) if autocast else part
 
 
 def number(x: float | Tensor | None) -> Tensor:
@@ -56,7 +62,7 @@ def number(x: float | Tensor | None) -> Tensor:
 def projections(heads: Flat, temperature: Tensor, dtype: torch.dtype) -> list[Projection]:
     """Every head as the schedule reads it, one temperature for all tokens folded in; `dtype` is the logits'."""
     T = 1.0 if temperature.dim() else temperature.item()
-    *tensors, scales_and_softcaps, sizes = heads
+    *tensors, scales_and_softcaps, sizes, shard = heads
     return [
         Projection(
             hidden,
@@ -65,6 +71,7 @@ def projections(heads: Flat, temperature: Tensor, dtype: torch.dtype) -> list[Pr
             scale / T,
             softcap / T if softcap else None,
             operand_dtype(hidden, dtype),
+            Shard.read(shard).columns or V,
         )
         for hidden, lm_head, bias, (scale, softcap), V in zip(
             *tensors, scales_and_softcaps.tolist(), sizes, strict=True

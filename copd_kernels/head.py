@@ -17,6 +17,7 @@ from torch import Tensor
 from .checks import check, check_integer, check_number, check_tensor, check_type
 from .lm_head import fields
 from .probe import check_model, unwrap
+from .shard import Shard, check_split
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -33,6 +34,10 @@ class Head:
         softcap: bounds the logits to ±softcap by tanh (Gemma's `final_logit_softcapping`).
         vocab_size: number of leading rows of `lm_head` and `bias` that are tokens; the rest is padding.
 
+    A vocabulary may be split over ranks, evenly or not: `lm_head` (and `bias`) a DTensor `[Shard(0)]` and `hidden` a
+    DTensor `[Replicate()]` over the same mesh of one dimension. Ops then want equal arguments on every rank, plain
+    tensors, and return equal plain tensors; gradients of the three are DTensors like them.
+
     Raises:
         ValueError: shape, device or range. TypeError: dtype.
     """
@@ -48,7 +53,8 @@ class Head:
         hidden, lm_head, bias = self.hidden, self.lm_head, self.bias
         for name in ("hidden", "lm_head", "bias"):
             if name != "bias" or bias is not None:
-                check_tensor("Head", name, getattr(self, name))
+                check_tensor("Head", name, getattr(self, name), split=True)
+        check_split(hidden, lm_head, bias)
         check_number("Head", "scale", self.scale)
         if self.softcap is not None:
             check_number("Head", "softcap", self.softcap)
@@ -80,6 +86,11 @@ class Head:
     def V(self) -> int:
         """Number of tokens the head can name: `vocab_size`, or all rows of `lm_head`."""
         return self.lm_head.shape[0] if self.vocab_size is None else self.vocab_size
+
+    @property
+    def shard(self) -> Shard:
+        """Which of its tokens are this rank's."""
+        return Shard.of(self.lm_head)
 
     @classmethod
     def of(cls, model: Any, hidden: Tensor, vocab_size: int | None = None, check: bool = True) -> Head:
@@ -138,3 +149,5 @@ def check_same_vocabulary(op: str, name: str, first: Head, others: dict[str, Hea
         check(op, other_name, other.V == first.V, rule, other.V, fix)
         rule = f"be on {name}'s device {first.hidden.device}"
         check(op, other_name, other.hidden.device == first.hidden.device, rule, other.hidden.device)
+        same = other.shard == first.shard
+        check(op, other_name, same, f"be split over ranks as {name} is, {first.shard}", other.shard)

@@ -61,6 +61,7 @@ def kl_op(
     beta: Tensor,
     temperature: Tensor,
     vocab_sizes: list[int],
+    shard: str,
     divergence: str,
     backend: str,
     workspace_bytes: int,
@@ -76,7 +77,7 @@ def kl_op(
     """
     dtype = logits_dtype([hidden, *teacher_hidden])
     tensors = [hidden, *teacher_hidden], [lm_head, *teacher_lm_head], [bias, *teacher_bias]
-    student, *teachers = projections(Flat(*tensors, numbers, vocab_sizes), temperature, dtype)
+    student, *teachers = projections(Flat(*tensors, numbers, vocab_sizes, shard), temperature, dtype)
     if teacher_index is not None:
         # a token without a teacher has nothing to learn
         token_weight = torch.where(teacher_index < 0, 0, token_weight)
@@ -87,14 +88,14 @@ def kl_op(
     gain = weight / temperature if temperature.dim() else weight
     gradients = Gradients(student, lm_head.shape[0], want, gain) if any(want) else None
     narrow = gradients.dlogits_dtype if gradients else None
-    rows = load(backend)
+    rows = load(backend, shard)
     d = weight.new_zeros(hidden.shape[0])
     entropy = weight.new_zeros(hidden.shape[0] if stats else 0)
     taught = weight.new_zeros(2, len(teachers) if stats else 0)  # sum_n u_n D_jn, sum_n u_n
 
     for segment in segments(hidden.shape[0], teachers, teacher_index):
         heads = 1 + len(segment.teachers)
-        space = Workspace(segment.size, heads, student.V, d, workspace_bytes, narrow)
+        space = Workspace(segment.size, heads, student.columns, d, workspace_bytes, narrow)
         for part in space.chunks:
             chunk = part if segment.tokens is None else segment.tokens[part]
             w = weight[:, chunk]  # (T, R)
@@ -114,7 +115,7 @@ def kl_op(
                 value = rows.kl(*pairs)
             else:
                 dlogits = space.dlogits(part)
-                cap, its_rows = softcap_of(student, temperature, chunk, rows)
+                cap, its_rows = softcap_of(student, temperature, chunk, rows, shard)
                 value = its_rows.kl(*pairs, gain[:, chunk] * gradients.factor, cap, dlogits)
                 gradients.add(dlogits, mine, chunk)
             d[chunk] = torch.where(w == 0, 0, w * value).sum(0)
@@ -127,7 +128,7 @@ def kl_op(
     if gradients is None:
         dhidden, dlm_head, dbias = (d.new_empty(0) for _ in range(3))
         return result, dhidden, dlm_head, dbias, d.new_ones(()), entropy, teacher_kl
-    dhidden, dlm_head, dbias = gradients.tensors()
+    dhidden, dlm_head, dbias = gradients.tensors(shard)
     return result, dhidden, dlm_head, dbias, gradients.unit, entropy, teacher_kl
 
 
@@ -162,7 +163,7 @@ def segments(N: int, teachers: list[Projection], teacher_index: Tensor | None) -
 @kl_op.register_fake
 def _(  # type: ignore[no-untyped-def]  # the types are those of kl_op
     hidden, lm_head, bias, teacher_hidden, teacher_lm_head, teacher_bias, teacher_weight, teacher_index,
-    token_weight, numbers, beta, temperature, vocab_sizes, divergence, backend, workspace_bytes,
+    token_weight, numbers, beta, temperature, vocab_sizes, shard, divergence, backend, workspace_bytes,
     per_token, stats, want,
 ):  # fmt: skip
     dtype = logits_dtype([hidden, *teacher_hidden])
@@ -201,7 +202,7 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Any, ...]:
             *gradients, unit = kept
             unit = unit * upstream
         student = [scale(g, unit, ctx.dtype) if need else None for g, need in zip(gradients, needs, strict=True)]
-    return *student, nothing, nothing, nothing, *[None] * 13
+    return *student, nothing, nothing, nothing, *[None] * 14
 
 
 kl_op.register_autograd(_backward, setup_context=_save)
@@ -313,7 +314,7 @@ def kl(
 
     check_workspace("kl", workspace_bytes)
 
-    name = resolve("kl", backend, device)
+    name = resolve("kl", backend, device, student.shard.split)
     if name == "reference":
         if teacher_weight is not None:
             wide = (T, *[1] * len(shape)) if teacher_weight.dim() == 1 else teacher_weight.shape
@@ -342,6 +343,7 @@ def kl(
         number(beta),
         temperatures(temperature, shape, dtype),
         flat.vocab_size,
+        flat.shard,
         divergence,
         name,
         workspace_bytes or 0,

@@ -23,6 +23,7 @@ from .rows.stats import Side
 from .rows.stats import logprob as logprob_from
 from .rows.torch import spread
 from .schedule import Gradients, Projection, Workspace, empty_logits, keeps_logits
+from .shard import Shard
 from .temperature import of_tokens, softcap_of, temperatures, where_they_count
 
 
@@ -35,6 +36,7 @@ def logprob_op(
     numbers: Tensor,
     temperature: Tensor,
     vocab_size: int,
+    shard: str,
     ignore_index: int,
     backend: str,
     workspace_bytes: int,
@@ -44,24 +46,24 @@ def logprob_op(
     """(logp, entropy, lse), (N,) each, then what is kept for backward: logits (N, V) or (0, V), each row's statistics
     (3, N) and its top token (N,); then is_top1, mean_logits and log_sum_sq_probs, (N,) each with `stats` or (0,).
     `numbers` is the head's scale and softcap, `temperature` () or (N,)."""
-    head = single(hidden, lm_head, bias, numbers, vocab_size, temperature)
+    head = single(hidden, lm_head, bias, numbers, vocab_size, shard, temperature)
     rows = load(backend)
     temperature = where_they_count(temperature, tokens != ignore_index)
     outputs = [hidden.new_empty(hidden.shape[0], dtype=logits_dtype([hidden])) for _ in range(3)]
-    kept = empty_logits(hidden, head.V, outputs[0].dtype, workspace_bytes, recompute)
+    kept = empty_logits(hidden, head.columns, outputs[0].dtype, workspace_bytes, recompute)
     sides, top = kept.new_empty(3, hidden.shape[0]), torch.empty_like(tokens)
     extra = [x.new_empty(hidden.shape[0] if stats else 0) for x in (tokens.bool(), outputs[0], outputs[0])]
-    space = Workspace(hidden.shape[0], 1, head.V, kept, workspace_bytes, kept=kept)
+    space = Workspace(hidden.shape[0], 1, head.columns, kept, workspace_bytes, kept=kept)
     for chunk in space.chunks:
         keep = tokens[chunk] != ignore_index
         z = space.logits(chunk)
         head.project(head.read(chunk, keep), z[0], rows, of_tokens(temperature, chunk))
-        side = rows.logprob(z)
+        token = torch.where(keep, tokens[chunk], 0)
+        side, logit = Shard.read(shard).chosen(rows.logprob(z), z[0], token)
         top[chunk] = side.top
         for output, statistic in zip(sides, (side.max, side.tail, side.moment), strict=True):
             output[chunk] = statistic
-        token = torch.where(keep, tokens[chunk], 0)
-        results = [*logprob_from(side, z[0].gather(1, token.unsqueeze(1)).squeeze(1))]
+        results = [*logprob_from(side, logit)]
         if stats:
             results += [(token == side.top) & ~side.norm.isnan(), *spread(z, side)]
         for output, result in zip((*outputs, *extra), results, strict=stats):
@@ -80,6 +82,7 @@ def logprob_backward(
     numbers: Tensor,
     temperature: Tensor,
     vocab_size: int,
+    shard: str,
     ignore_index: int,
     backend: str,
     workspace_bytes: int,
@@ -93,8 +96,8 @@ def logprob_backward(
 
     The statistics are those of the forward's logits: made again they would cost a sweep over the rows.
     """
-    head = single(hidden, lm_head, bias, numbers, vocab_size, temperature)
-    rows = load(backend)
+    head = single(hidden, lm_head, bias, numbers, vocab_size, shard, temperature)
+    rows = load(backend, shard)
     temperature = where_they_count(temperature, tokens != ignore_index)
     upstream = torch.where(tokens != ignore_index, upstream, 0)
     if temperature.dim():
@@ -103,7 +106,7 @@ def logprob_backward(
     gradients = Gradients(head, lm_head.shape[0], want, upstream)
     # kept logits are not overwritten: a second backward reads them again
     own = gradients.dlogits_dtype or (kept.dtype if kept.numel() else None)
-    space = Workspace(hidden.shape[0], 1, head.V, upstream, workspace_bytes, own, kept)
+    space = Workspace(hidden.shape[0], 1, head.columns, upstream, workspace_bytes, own, kept)
     for chunk in space.chunks:
         keep = tokens[chunk] != ignore_index
         z, dlogits = space.logits(chunk), space.dlogits(chunk)
@@ -114,13 +117,13 @@ def logprob_backward(
         g = upstream[:, chunk] * gradients.factor
         largest, tail, moment = sides[:, chunk]
         side = Side(largest, top[chunk], tail, torch.zeros_like(tail), moment)
-        cap, its_rows = softcap_of(head, temperature, chunk, rows)
+        cap, its_rows = softcap_of(head, temperature, chunk, rows, shard)
         its_rows.logprob_grad(z, side, torch.where(keep, tokens[chunk], 0), *g.unbind(), cap, dlogits)
         gradients.add(dlogits, mine, chunk)
     # where they are: nobody else holds these sums, and a copy of dlm_head would be the largest allocation here
     finished = (
         x.mul_(gradients.unit) if x.dtype == hidden.dtype else scale(x, gradients.unit, hidden.dtype)
-        for x in gradients.tensors()
+        for x in gradients.tensors(shard)
     )
     dhidden, dlm_head, dbias = finished
     return dhidden, dlm_head, dbias
@@ -132,9 +135,10 @@ def single(
     bias: Tensor,
     numbers: Tensor,
     vocab_size: int,
+    shard: str,
     temperature: Tensor,
 ) -> Projection:
-    flat = Flat([hidden], [lm_head], [bias], numbers.view(1, 2), [vocab_size])
+    flat = Flat([hidden], [lm_head], [bias], numbers.view(1, 2), [vocab_size], shard)
     return projections(flat, temperature, logits_dtype([hidden]))[0]
 
 
@@ -142,10 +146,10 @@ def single(
 def _(
     hidden: Tensor, lm_head: Tensor, bias: Tensor, tokens: Tensor, numbers: Tensor, temperature: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    V, *_, workspace_bytes, recompute, stats = rest
+    V, shard, *_, workspace_bytes, recompute, stats = rest
     dtype = logits_dtype([hidden])
     per_token = [hidden.new_empty(hidden.shape[:1], dtype=dtype) for _ in range(3)]
-    kept = empty_logits(hidden, V, dtype, workspace_bytes, recompute)
+    kept = empty_logits(hidden, Shard.read(shard).columns or V, dtype, workspace_bytes, recompute)
     sides, top = kept.new_empty(3, hidden.shape[0]), torch.empty_like(tokens)
     extra = [kept.new_empty(hidden.shape[0] if stats else 0, dtype=x) for x in (torch.bool, dtype, dtype)]
     return *per_token, kept, sides, top, *extra
@@ -172,7 +176,7 @@ def _backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
     zero = kept.new_zeros(tokens.shape)
     stacked = torch.stack([zero if u is None else u for u in upstream[:3]])
     gradients = logprob_backward(*inputs, *ctx.rest, kept, sides, top, stacked, needs)
-    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *[None] * 9
+    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *[None] * 10
 
 
 logprob_op.register_autograd(_backward, setup_context=_save)
@@ -241,13 +245,16 @@ def logprob(
     check_values("logprob", "tokens", tokens, lambda t: ((t >= 0) & (t < head.V)) | (t == ignore_index), rule)
     check_temperatures("logprob", temperature, tokens != ignore_index)
     check_workspace("logprob", workspace_bytes)
+    whole = not (stats and head.shard.split)
+    check("logprob", "stats", whole, "be False for a vocabulary split over ranks", stats)
     check("logprob", "recompute", recompute in (True, False, "auto"), "be True, False or 'auto'", repr(recompute))
 
-    name = resolve("logprob", backend, device)
+    name = resolve("logprob", backend, device, head.shard.split)
     if name == "reference":
         results = reference.logprob(head, tokens, temperature=temperature, ignore_index=ignore_index)
         return results if stats else LogProb(*results[:3])
-    hidden, lm_head, bias, numbers, sizes = (x[0] for x in flatten([head]))
+    flat = flatten([head])
+    hidden, lm_head, bias, numbers, size = (x[0] for x in flat[:-1])
     if recompute == "auto":
         recompute = not keeps_logits(head.hidden)
     outputs = logprob_op(
@@ -257,7 +264,8 @@ def logprob(
         tokens.reshape(-1),
         numbers,
         temperatures(temperature, shape, logits_dtype([head.hidden])),
-        sizes,
+        size,
+        flat.shard,
         ignore_index,
         name,
         workspace_bytes or 0,

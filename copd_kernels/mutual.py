@@ -51,6 +51,7 @@ def mutual_op(
     beta: Tensor,
     temperature: Tensor,
     vocab_sizes: list[int],
+    shard: str,
     edges: list[int],
     divergence: str,
     backend: str,
@@ -62,11 +63,11 @@ def mutual_op(
     `edges` lists student, teacher, student, teacher, ...; `want` has three flags a head.
     """
     dtype = logits_dtype(hidden)
-    heads = projections(Flat(hidden, lm_head, bias, numbers, vocab_sizes), temperature, dtype)
+    heads = projections(Flat(hidden, lm_head, bias, numbers, vocab_sizes, shard), temperature, dtype)
     pairs = list(zip(edges[::2], edges[1::2], strict=True))
     weight = (edge_weight.unsqueeze(1) * token_weight).to(dtype)  # (E, N)
     token_weight = token_weight.to(dtype)
-    N, rows = hidden[0].shape[0], load(backend)
+    N, rows = hidden[0].shape[0], load(backend, shard)
     gradients: dict[int, Gradients] = {}
     lessons: dict[int, list[int]] = {}  # each student's edges
     for e, (student, _) in enumerate(pairs):
@@ -77,7 +78,7 @@ def mutual_op(
             scope = torch.stack([weight[e] for e in its_edges])
             gradients[student] = Gradients(heads[student], lm_head[student].shape[0], flags, scope)
     # every head's logits are still needed after its own gradient: dlogits have their own memory
-    space = Workspace(N, len(heads), heads[0].V, weight, workspace_bytes, dtype if gradients else None)
+    space = Workspace(N, len(heads), heads[0].columns, weight, workspace_bytes, dtype if gradients else None)
     sums = [weight.new_zeros(()) for _ in pairs]
 
     for chunk in space.chunks:
@@ -102,7 +103,7 @@ def mutual_op(
     made: list[Tensor] = []
     for k in range(len(heads)):
         if k in gradients:
-            made += [*gradients[k].tensors(), gradients[k].unit]
+            made += [*gradients[k].tensors(shard), gradients[k].unit]
         else:
             made += [*(weight.new_empty(0) for _ in range(3)), weight.new_ones(())]
     edge_sum = torch.stack(sums)
@@ -141,7 +142,7 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
             for kind, gradient in enumerate(gradients):
                 if ctx.needs_input_grad[kind][k]:
                     result[kind][k] = scale(gradient, unit * upstream, dtype)
-    return *result, *[None] * 11
+    return *result, *[None] * 12
 
 
 mutual_op.register_autograd(_backward, setup_context=_save)
@@ -214,7 +215,7 @@ def mutual_kl(
     check("mutual_kl", "edge_weight", edge_weight.device == device, rule, edge_weight.device)
     edge_weight = edge_weight.detach().to(dtype)
 
-    name = resolve("mutual_kl", backend, device)
+    name = resolve("mutual_kl", backend, device, first.shard.split)
     if name == "reference":
         return reference.mutual_kl(
             heads,
@@ -236,6 +237,7 @@ def mutual_kl(
         number(beta),
         number(temperature),
         flat.vocab_size,
+        flat.shard,
         [i for edge in edges for i in edge],
         divergence,
         name,

@@ -6,8 +6,8 @@
     dlm_head      += dlogits.T @ hidden[chunk]  (V, D), one GEMM pass
 
 What exists at any time is one chunk: its height R follows from `workspace_bytes` and the device, never from N. The
-vocabulary is not split, because a row's normaliser must be known before its gradient, and a second sweep would cost a
-GEMM pass a head.
+vocabulary is not taken in pieces, because a row's normaliser must be known before its gradient, and a second sweep
+would cost a GEMM pass a head.
 
 Logits, dhidden, dlm_head and all sums are kept in fp32 (fp64 if any input is fp64). The operands of the GEMMs stay in
 the model's dtype on CUDA, where cuBLAS multiplies 16-bit operands into fp32; elsewhere they are widened a few
@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from .shard import Shard
 
 MIB = 1 << 20
 WORKSPACE_BYTES = {"cpu": 256 * MIB, "cuda": 3072 * MIB}
@@ -54,6 +56,7 @@ class Projection:
     alpha: float
     cap: float | None
     operand: torch.dtype  # of the GEMMs
+    columns: int  # of a row of logits: V, but where ranks share a vocabulary the largest share
 
     @property
     def V(self) -> int:
@@ -65,15 +68,16 @@ class Projection:
         return hidden if keep is None else torch.where(keep.unsqueeze(1), hidden, 0)
 
     def project(self, hidden: Tensor, out: Tensor, rows: ModuleType, temperature: Tensor | None = None) -> None:
-        """out (R, V) = z, its softcap by the backend `rows`; over `temperature` (R,), where each token has its own."""
+        """out (R, columns) = z, softcap by the backend `rows`; over `temperature` (R,), if a token has its own."""
         for v, weight in self.tiles():
             addmm(out[:, v], hidden, weight.T, alpha=self.alpha)
         if self.bias is not None:
-            out.add_(self.bias, alpha=self.alpha)
+            out[:, : self.V].add_(self.bias, alpha=self.alpha)
         if self.cap is not None:
             rows.softcap(out, self.cap)
         if temperature is not None:
             out.div_(temperature.unsqueeze(1))
+        out[:, self.V :] = -torch.inf
 
     def tiles(self) -> Iterator[tuple[slice, Tensor]]:
         """lm_head in the operands' dtype: as it is, or widened a few rows at a time."""
@@ -81,7 +85,7 @@ class Projection:
             yield slice(0, self.V), self.lm_head
             return
         step = max(1, TILE_BYTES // (self.lm_head.shape[1] * self.operand.itemsize))
-        for start in range(0, self.V, step):
+        for start in range(0, max(1, self.V), step):
             v = slice(start, min(start + step, self.V))
             yield v, self.lm_head[v].to(self.operand)
 
@@ -132,8 +136,9 @@ class Gradients:
         self.unit = power * (head.alpha / headroom)
 
     def add(self, dlogits: Tensor, hidden: Tensor, rows: Rows) -> None:
-        """Projects a chunk's (R, V) dlogits back."""
+        """Projects a chunk's (R, columns) dlogits back."""
         head = self.head
+        dlogits = dlogits[:, : head.V]
         if self.want[0]:
             dhidden = self.dhidden[rows] if isinstance(rows, slice) else self.dhidden.new_empty(hidden.shape)
             for v, weight in head.tiles():
@@ -146,10 +151,10 @@ class Gradients:
             self.dbias[: head.V] += dlogits.sum(0, dtype=self.dbias.dtype)
         self.started = True
 
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+    def tensors(self, shard: str) -> tuple[Tensor, Tensor, Tensor]:
         if self.want[1] and not self.started:
             self.dlm_head.zero_()
-        return self.dhidden, self.dlm_head, self.dbias
+        return Shard.read(shard).add_up(self.dhidden), self.dlm_head, self.dbias
 
 
 def power_of_two(weight: Tensor) -> Tensor:

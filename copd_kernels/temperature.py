@@ -35,9 +35,9 @@ def of_tokens(temperature: Tensor, tokens: Rows) -> Tensor | None:
 
 
 def softcap_of(
-    head: Projection, temperature: Tensor, tokens: Rows, rows: ModuleType
+    head: Projection, temperature: Tensor, tokens: Rows, rows: ModuleType, shard: str
 ) -> tuple[float | Tensor | None, ModuleType]:
     """The head's softcap over temperature, a number or (R,), and rows that take it."""
     if head.cap is None or not temperature.dim():
         return head.cap, rows
-    return head.cap / temperature[tokens], load("torch")
+    return head.cap / temperature[tokens], load("torch", shard)

@@ -26,7 +26,7 @@ import functools
 import importlib.util
 import os
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 from torch import device as Device
 from torch.compiler import assume_constant_result
@@ -39,7 +39,11 @@ BACKENDS = ("torch", "triton", "native")
 DEFAULTS = {"cuda": ("triton", "torch"), "cpu": ("native", "torch")}
 
 
-def resolve(op: str, backend: str | None, device: Device) -> str:
+# those that can pause between statistics and gradient, while ranks that share a vocabulary exchange them
+STAGED = ("torch",)
+
+
+def resolve(op: str, backend: str | None, device: Device, split: bool = False) -> str:
     """The backend's name: the argument, COPD_BACKEND, or the fastest this machine has for the device."""
     name = backend or os.environ.get("COPD_BACKEND")
     if name:
@@ -47,8 +51,12 @@ def resolve(op: str, backend: str | None, device: Device) -> str:
         reason = missing(name, device)
         if reason:
             raise RuntimeError(f"{op}: backend {name!r} is not available here: {reason}")
+        if split and name not in STAGED:
+            rule = f"be one of {', '.join(STAGED)} for a vocabulary split over ranks; got {name!r}"
+            raise NotImplementedError(f"{op}: backend must {rule}")
         return name
-    return next(name for name in DEFAULTS.get(device.type, ("torch",)) if missing(name, device) is None)
+    names = [name for name in DEFAULTS.get(device.type, ("torch",)) if name in STAGED or not split]
+    return next(name for name in names if missing(name, device) is None)
 
 
 # a machine does not change while torch.compile traces
@@ -101,5 +109,7 @@ def native_cuda_missing(device: Device) -> str | None:
     return f"csrc/ has no code for sm_{major}{minor}, only for sm_80, sm_90a and sm_100; use backend='triton'"
 
 
-def load(name: str) -> ModuleType:
-    return importlib.import_module(f".{name}", __package__)
+def load(name: str, shard: str = "") -> Any:
+    """The backend's module; for a `Shard.text`, its functions for rows that ranks share."""
+    rows = importlib.import_module(f".{name}", __package__)
+    return importlib.import_module(".split", __package__).Rows(rows, shard) if shard else rows

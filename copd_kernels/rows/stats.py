@@ -61,6 +61,16 @@ class Side(NamedTuple):
         return self._replace(tail=self.tail + 0 * self.max)
 
 
+class Row(NamedTuple):
+    """Statistics of whole rows as the stages of `split` read them, `student.top` a column."""
+
+    student: Side
+    teacher: Side
+    gap: Tensor  # (T, R) log(1 + tail) of the student less the teacher's
+    offset: Tensor  # (T, R) at the student's top token: z - t, or the JSD's u = log(p / m)
+    beta: float
+
+
 def merge(pieces: Side) -> Side:
     """Merges over the last dimension, whose pieces hold ascending parts of the vocabulary."""
     largest = pieces.max.amax(-1, keepdim=True)
@@ -69,7 +79,8 @@ def merge(pieces: Side) -> Side:
     winner = at_top.to(torch.uint8).argmax(-1, keepdim=True)
     factor = torch.where(pieces.max == -torch.inf, 0, torch.exp(pieces.max - largest))
     is_winner = torch.arange(pieces.max.shape[-1], device=winner.device) == winner
-    tail = (factor * pieces.tail).sum(-1) + torch.where(is_winner, 0, factor).sum(-1)
+    # a piece without any mass may be NaN
+    tail = torch.where(factor == 0, 0, factor * pieces.tail).sum(-1) + torch.where(is_winner, 0, factor).sum(-1)
     offset = pieces.max - pieces.cross
     cross = pick(pieces.cross, winner)
     shift = offset - (largest - cross.unsqueeze(-1))

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .stats import FAR, Side, divergence_from, kl_gradient, log_mix, logprob_at_top, norm_gap
+from .stats import FAR, KLGradient, Row, Side, divergence_from, kl_gradient, log_mix, logprob_at_top, norm_gap
 
 # one block of rows of one array: what a CPU's cache holds several of; on a GPU, enough to fill it
 BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 25}
@@ -53,8 +53,8 @@ def logprob_grad(
         g = x.sub_(column(own.mean)).mul_(column(-dh)).add_(column(dn - dl))
         g.mul_(e).mul_(column(own.p_top))
         at_top = logprob_at_top(own, token, dl, dh, dn)
-        g.scatter_add_(1, column(token), column(dl))
-        g.scatter_(1, column(own.top), column(at_top))
+        put(g, token, dl, add=True)
+        put(g, own.top, at_top)
         finish(g, logits[rows], of_rows(cap, rows), (dl == 0) & (dh == 0) & (dn == 0), dlogits[rows])
 
 
@@ -178,6 +178,87 @@ def _jsd(
     return value, g.scatter_(1, column(top), column(at_top))
 
 
+def sides(z: Tensor, student: int, teachers: list[int]) -> tuple[Side, Side]:
+    """A stage of `split`, as are `jsd_sums` and `kl_grad`: what `kl` does at once where it has whole rows."""
+    found = []
+    for rows, (e, other_e, x) in blocks(z, 3):
+        logits, pairs = z[student, rows], []
+        top, top_max, tail = softmax(logits, e)
+        for j in teachers:
+            other = z[j, rows]
+            other_top, other_max, other_tail = softmax(other, other_e)
+            cross, other_cross = gathered(other, top), gathered(logits, other_top)
+            moment = moment_of(logits, other, top_max - cross, e, x)
+            other_moment = moment_of(other, logits, other_max - other_cross, other_e, x)
+            pairs.append((cross, moment, other_max, other_top, other_tail, other_cross, other_moment))
+        found.append((top_max, top, tail, *map(torch.stack, zip(*pairs, strict=True))))
+    numbers = [torch.cat(pieces, -1) for pieces in zip(*found, strict=True)]
+    return Side(*numbers[:5]), Side(*numbers[5:])
+
+
+def moment_of(z: Tensor, other: Tensor, offset: Tensor, e: Tensor, x: Tensor) -> Tensor:
+    torch.sub(z, other, out=x).sub_(column(offset))
+    drop_massless(x, e)
+    return x.mul_(e).sum(1)
+
+
+def jsd_sums(z: Tensor, student: int, teachers: list[int], row: Row) -> Tensor:
+    sums = z.new_empty(3, len(teachers), z.shape[1])
+    for rows, (p, q, r, x) in blocks(z, 4):
+        mass(z[student, rows], row.student.max[rows], row.student.p_top[rows], p)
+        for j, teacher in enumerate(teachers):
+            mass(z[teacher, rows], row.teacher.max[j, rows], row.teacher.p_top[j, rows], q)
+            u, w = log_mix(ratio(z, student, teacher, j, rows, row, r, x), row.beta)
+            sums[0, j, rows] = w.mul_(q).sum(1)
+            sums[1, j, rows] = torch.mul(p, u, out=x).sum(1)
+            sums[2, j, rows] = u.sub_(column(row.offset[j, rows])).mul_(p).sum(1)
+    return sums
+
+
+def kl_grad(
+    z: Tensor,
+    student: int,
+    teachers: list[int],
+    divergence: str,
+    row: Row,
+    weight: Tensor,
+    cap: float | Tensor | None,
+    gradient: KLGradient,
+    dlogits: Tensor,
+) -> None:
+    s, t = row.student, row.teacher
+    for rows, (e, x, g, y) in blocks(z, 4):
+        logits, w = z[student, rows], weight[:, rows]
+        mass(logits, s.max[rows], s.p_top[rows], e)
+        g.zero_()
+        for j, teacher in enumerate(teachers):
+            if divergence == "jsd":
+                u, _ = log_mix(ratio(z, student, teacher, j, rows, row, x, y), row.beta)
+                add_weighted(g, u.sub_(column(row.offset[j, rows])), w[j])
+            elif divergence != "forward":
+                torch.sub(logits, z[teacher, rows], out=x).sub_(column(row.offset[j, rows]))
+                drop_massless(x, e)
+                add_weighted(g, x, w[j])
+        g.sub_(column(gradient.centre[rows])).mul_(e)
+        for j, teacher in enumerate(teachers):
+            if divergence in ("forward", "symmetric"):
+                mass(z[teacher, rows], t.max[j, rows], t.p_top[j, rows], x)
+                add_weighted(g, x, -w[j])
+        put(g, s.top[rows], gradient.at_top[rows])
+        finish(g, logits, of_rows(cap, rows), (w == 0).all(0), dlogits[rows])
+
+
+def mass(z: Tensor, largest: Tensor, p_top: Tensor, out: Tensor) -> None:
+    torch.sub(z, column(largest), out=out).exp_().mul_(column(p_top))
+
+
+def ratio(z: Tensor, student: int, teacher: int, j: int, rows: slice, row: Row, out: Tensor, scratch: Tensor) -> Tensor:
+    """log p / q, each side measured from its own top, where it is exact."""
+    torch.sub(z[student, rows], column(row.student.max[rows]), out=out)
+    out.sub_(torch.sub(z[teacher, rows], column(row.teacher.max[j, rows]), out=scratch))
+    return out.sub_(column(row.gap[j, rows]))
+
+
 def agreement(z: Tensor, student: int, teachers: list[int], k: int) -> tuple[Tensor, Tensor, Tensor]:
     forward, reverse = (kl(z, student, teachers, divergence, 0.5) for divergence in ("forward", "reverse"))
     return overlap(z, student, teachers, k), forward, reverse
@@ -202,6 +283,31 @@ def top_k(logits: Tensor, k: int) -> Tensor:
     above, equal = logits > least, logits == least
     room = k - above.sum(1, keepdim=True)
     return above | (equal & (equal.cumsum(1) <= room))
+
+
+def largest(z: Tensor, heads: list[int], k: int) -> tuple[Tensor, Tensor]:
+    """The k largest logits, or all, and their columns, (H, k or V, R) each; columns ascend, among equals the lowest."""
+    _, R, V = z.shape
+    k = min(k, V)
+    columns = torch.empty(len(heads), k, R, dtype=torch.int64, device=z.device)
+    values, count = z.new_empty(columns.shape), torch.arange(1, k + 1, device=z.device)
+    for rows, _ in blocks(z, 0):
+        for h, head in enumerate(heads):
+            seen = top_k(z[head, rows], k).cumsum(1)
+            # of a row with a NaN none is largest, and any column will do
+            found = torch.searchsorted(seen, count.expand(len(seen), k).contiguous()).clamp_(max=V - 1)
+            columns[h, :, rows] = found.T
+            values[h, :, rows] = z[head, rows].gather(1, found).T
+    return values, columns
+
+
+def put(g: Tensor, ids: Tensor, values: Tensor, add: bool = False) -> None:
+    """g[r, ids_r] = values_r, or +=, where the id is a column; elsewhere it is another rank's."""
+    at, here = column(ids.clamp(0, g.shape[1] - 1)), column((ids >= 0) & (ids < g.shape[1]))
+    if add:
+        g.scatter_add_(1, at, torch.where(here, column(values), 0))
+    else:
+        g.scatter_(1, at, torch.where(here, column(values), g.gather(1, at)))
 
 
 def softmax(z: Tensor, e: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -84,18 +84,61 @@ def test_meta_tensors_give_shapes():
     assert agreement(one, one).overlap.shape == (1, 3)
 
 
-def test_a_dtensor_is_refused_with_what_to_do(tmp_path):
+@pytest.fixture
+def mesh(tmp_path):
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
 
     dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        sharded = distribute_tensor(torch.randn(20, 4), mesh, [Shard(0)])
-        with pytest.raises(TypeError, match=r"Head: lm_head must be whole; got a DTensor; .*through_head"):
-            Head(torch.randn(3, 4), sharded)
-        with pytest.raises(TypeError, match="Head: hidden must be whole; got a DTensor"):
-            Head(distribute_tensor(torch.randn(3, 4), mesh, [Shard(0)]), torch.randn(20, 4))
-    finally:
-        dist.destroy_process_group()
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_a_head_that_is_split_otherwise_is_refused_with_what_to_do(mesh):
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+    rows, same = distribute_tensor(w, mesh, [Shard(0)]), distribute_tensor(h, mesh, [Replicate()])
+    got = "got a plain tensor; read lm_head where FSDP has it whole: .*through_head"
+    with pytest.raises(
+        TypeError, match=rf"Head: hidden must be a DTensor \[Replicate\(\)\] over lm_head's mesh; {got}"
+    ):
+        Head(h, rows)
+    with pytest.raises(TypeError, match="Head: hidden must be a plain tensor, as lm_head is; got a DTensor"):
+        Head(same, w)
+    with pytest.raises(ValueError, match=r"Head: lm_head must be split by its rows .*; got \[Replicate\(\)\]"):
+        Head(same, distribute_tensor(w, mesh, [Replicate()]))
+    with pytest.raises(
+        ValueError, match=r"Head: hidden must be a DTensor \[Replicate\(\)\] .*; got \[Shard\(dim=0\)\] over"
+    ):
+        Head(distribute_tensor(h, mesh, [Shard(0)]), rows)
+    with pytest.raises(TypeError, match=r"Head: bias must be a DTensor \[Shard\(dim=0\)\] .*; got a plain tensor"):
+        Head(same, rows, torch.zeros(20))
+    with pytest.raises(ValueError, match="Head: lm_head must have 20 of its 20 rows on this rank; got 19"):
+        Head(same, DTensor.from_local(w[:19], mesh, [Shard(0)], shape=w.shape, stride=w.stride(), run_check=False))
+    split = Head(same, rows)
+    with pytest.raises(ValueError, match=r"kl: teachers\[0\] must be split over ranks as student is, "):
+        kl(split, HEAD)
+    with pytest.raises(
+        TypeError, match=r"logprob: tokens must be a plain tensor; got a DTensor; pass its to_local\(\)"
+    ):
+        logprob(HEAD, distribute_tensor(TOKENS, mesh, [Replicate()]))
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_a_backend_that_cannot_pause_for_other_ranks_says_so(mesh, backend, monkeypatch):
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    split = Head(distribute_tensor(h, mesh, [Replicate()]), distribute_tensor(w, mesh, [Shard(0)]))
+    calls = [
+        lambda **how: kl(split, split, **how),
+        lambda **how: logprob(split, TOKENS, **how),
+        lambda **how: mutual_kl([split, split], **how),
+        lambda **how: agreement(split, split, **how),
+    ]
+    monkeypatch.setattr("copd_kernels.rows.missing", lambda name, device: None)
+    for call in calls:
+        with pytest.raises(
+            NotImplementedError, match=rf"backend must be .* for a vocabulary split .*; got '{backend}'"
+        ):
+            call(backend=backend)
+        call()

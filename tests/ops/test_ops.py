@@ -31,7 +31,7 @@ def test_opcheck_passes_for_kl(routed, per_token):
     tensors = (*(x[0] for x in flat[:3]), *(x[1:] for x in flat[:3]), weight, index, torch.rand(N), flat.numbers)
     want = [not per_token, not per_token, False]
     temperature = torch.rand(N) + 0.5 if per_token else number(1.3)
-    rest = (number(0.5), temperature, flat.vocab_size, "reverse", "torch", 0, per_token, routed, want)
+    rest = (number(0.5), temperature, flat.vocab_size, "", "reverse", "torch", 0, per_token, routed, want)
     torch.library.opcheck(kl_op, (*tensors, *rest))
 
 
@@ -41,7 +41,7 @@ def test_opcheck_passes_for_logprob(recompute):
     temperature = torch.rand(N) + 0.5 if recompute else number(1.3)
     numbers = torch.tensor([0.7, 0.0], dtype=torch.float64)
     tensors = (head.hidden, head.lm_head, torch.empty(0), tokens, numbers, temperature)
-    rest = (V, -100, "torch", 0)
+    rest = (V, "", -100, "torch", 0)
     torch.library.opcheck(logprob_op, (*tensors, *rest, recompute, not recompute))
     tensors = [x.detach() for x in tensors]
     kept, sides, top = logprob_op(*tensors, *rest, recompute, False)[3:6]
@@ -53,7 +53,7 @@ def test_opcheck_passes_for_logprob(recompute):
 def test_opcheck_passes_for_mutual_kl_agreement_and_scale():
     flat = flatten([make(N, D, V), make(N, D, V)])
     tensors = (*flat[:3], torch.ones(2), torch.ones(N), flat.numbers, number(0.5), number(1.3))
-    options = (flat.vocab_size, [0, 1, 1, 0], "reverse", "torch", 0, [True, True, False] * 2)
+    options = (flat.vocab_size, "", [0, 1, 1, 0], "reverse", "torch", 0, [True, True, False] * 2)
     torch.library.opcheck(mutual_op, (*tensors, *options))
     flat = flatten([make(N, D, V).detach() for _ in range(3)])
     torch.library.opcheck(agreement_op, (*flat, 5, number(1.3), "torch", 0))
