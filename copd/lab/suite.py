@@ -257,14 +257,23 @@ class Suite:
         ]
 
     def findings(self) -> dict[str, list[str]]:
-        """What is ahead in every seed, behind in every seed, or neither, and by how much."""
-        found: dict[str, list[str]] = {"ahead in every seed": [], "behind in every seed": [], "mixed": []}
+        """What is ahead in every seed, in none, or in some, and by how much."""
+        found: dict[str, list[str]] = {"ahead in every seed": [], "in none": [], "in some": []}
         for c in self.comparisons():
-            difference, seeds = self.number(c.difference, sign=True), len(c.first)
-            kind = {seeds: "ahead in every seed", 0: "behind in every seed"}.get(c.ahead, "mixed")
-            text = f"{c.label} {difference}" + (f" ({c.ahead} of {seeds})" if kind == "mixed" else f" ({seeds})")
-            found[kind].append(text)
+            seeds = len(c.first)
+            kind = {seeds: "ahead in every seed", 0: "in none"}.get(c.ahead, "in some")
+            how = f"{c.ahead} of {seeds}" if kind == "in some" else f"{seeds} seed{'s' if seeds > 1 else ''}"
+            # the headline has been named before
+            label = c.label.removeprefix(self.head).strip()
+            same = kind != "in some" and self.main is not None and seeds == len(self.main.runs)
+            found[kind].append(f"{label} {self.number(c.difference, sign=True)}" + ("" if same else f" ({how})"))
         return {kind: texts for kind, texts in found.items() if texts}
+
+    @property
+    def head(self) -> str:
+        """What the table calls the main arm's headline."""
+        model = self.headline(self.main) if self.main else None
+        return model.label if model else ""
 
     def cards(self) -> dict[str, list[Result]]:
         """Domain -> held-out prompts of the first seed, each with what every model answered."""

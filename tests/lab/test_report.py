@@ -160,8 +160,11 @@ def test_arms_of_one_method_stand_side_by_side(tmp_path):
     assert cells(text, "MOPD, sampled, 12 steps")[3:] == ["50.5 ± 0.5", "2", "2,400", "24"]
     assert cells(text, "CoPD consolidated over CoPD, paper (merged)")[2:] == ["+30.0 ± 0.0", "2 of 2"]
     assert cells(text, "CoPD, paper (merged) over MOPD, sampled, 12 steps")[2:] == ["+10.0 ± 0.0", "2 of 2"]
-    assert "Ahead in every seed: CoPD consolidated over Experts consolidated +15.0 ± 0.0 (3);" in text
-    assert "Behind in every seed: CoPD branches over experts, each at home +0.0 ± 0.0 (3)." in text
+    assert (
+        "3 seeds: CoPD consolidated 91.0 ± 0.6 % overall.\n  Ahead in every seed: over Experts consolidated +15" in text
+    )
+    assert "; over CoPD, paper (merged) +30.0 ± 0.0 (2 seeds); " in text
+    assert "  In none: CoPD branches over experts, each at home +0.0 ± 0.0." in text
     line = (tmp_path / "figures" / "cost.svg").read_text()
     assert all(f">{label}<" in line for label in ("CoPD", "CoPD, paper", "Experts", "MOPD, sampled", "Mixed RLVR"))
 
@@ -170,7 +173,7 @@ def test_the_summary_goes_between_the_marks_of_a_file(tmp_path):
     (tmp_path / "README.md").write_text("a\n<!-- study -->\nold\n<!-- /study -->\nb\n")
     report.write(save(tmp_path / "runs", *study()), readme=tmp_path / "README.md")
     text = (tmp_path / "README.md").read_text()
-    assert text.startswith("a\n<!-- study -->\n- **k3**: CoPD merged 86.0 ± 0.6 % overall, 3 seeds.\n")
+    assert text.startswith("a\n<!-- study -->\n- **k3**, 3 seeds: CoPD merged 86.0 ± 0.6 % overall.\n")
     assert text.endswith(".\n<!-- /study -->\nb\n")
     assert "old" not in text
 
