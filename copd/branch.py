@@ -20,10 +20,10 @@ from transformers import PreTrainedModel
 
 from copd.batch import Batch, NonFiniteLoss, deal, draw
 from copd.config import Config
-from copd.distill import Lesson, TeacherScore, teacher_weights
+from copd.distill import Lesson, TeacherScore, fixed_weights
 from copd.loss import loss_of, mismatch
 from copd.model import hidden_states
-from copd.rlvr import token_weights
+from copd.rlvr import advantages, token_weights
 from copd.rollout import Rollout, generate, rewards, seed_of, special_tokens
 from copd.task import Prompt, Task
 from copd.weights import Weights, Whole
@@ -106,8 +106,11 @@ class Branch:
         # the sampled signal needs no more of the teacher than its log-probs, but for the logged overlap
         keep = cfg.opd.overlap_tokens if cfg.opd.signal == "sampled" else math.inf
         scores = [teacher.score(rollout, keep) for teacher in (owner, *others)]
-        weight = teacher_weights(scores, rollout, lambda: rewards(task, rollout), cfg)
-        return Batch(task.name, rollout, self._weights(rollout), lesson=Lesson(scores, cfg.opd.signal, weight))
+        lesson = Lesson(scores, cfg.opd.signal, fixed_weights(1 + len(others), cfg.opd))
+        weight = self._weights(rollout)
+        if others and cfg.opd.teacher_weight == "better":
+            lesson.advantage = advantages(rewards(task, rollout), cfg.rlvr).flatten().to(weight.device)
+        return Batch(task.name, rollout, weight, lesson=lesson)
 
     def routed_batch(self, owners: Sequence[Branch], step: int) -> Batch:
         """Rollouts on a batch of prompts dealt out among `owners`, each scored by the branch that owns its prompt."""
@@ -169,7 +172,9 @@ class Branch:
         start, updates = time.perf_counter(), self.cfg.rlvr.updates_per_batch
         metrics: dict[str, Any] = {"domain": batches[0].domain}
         for batch in batches:
-            metrics |= {} if batch.lesson is None else self._agreement(batch, batch.lesson)
+            if batch.lesson is not None:
+                batch.lesson.weigh(batch.rollout, batch.weight, self.cfg)
+                metrics |= self._agreement(batch, batch.lesson)
         stats = [batch.stats for batch in batches if batch.stats]
         metrics |= {name: sum(s[name] for s in stats) / len(stats) for name in (stats[0] if stats else ())}
         if len(stats) > 1:

@@ -9,14 +9,12 @@ where that of the others vanishes with the student's own probability of what the
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from copd.config import Config
-from copd.rlvr import advantages, token_weights
 from copd.rollout import Rollout
 from copd.settings import OPDConfig
 from copd_kernels import Head, kl
@@ -46,30 +44,11 @@ def delta(teacher_logp: Tensor, logp_old: Tensor, cfg: OPDConfig) -> Tensor:
     return difference if cfg.delta_clamp is None else difference.clamp(-cfg.delta_clamp, cfg.delta_clamp)
 
 
-def teacher_weights(
-    scores: list[TeacherScore], rollout: Rollout, reward: Callable[[], Tensor], cfg: Config
-) -> list[float]:
-    """Weights of the teachers of a rollout, its owner first, summing to one: fixed, or by who is better at its task.
-
-    Better is whose way raises the reward (P, G): in proportion to gain_j = Σ_t w_t Â_i δ_t^j where positive, the slope
-    of the expected reward from the student's policy toward teacher j's. The owner alone where nobody's does.
-    """
-    others = len(scores) - 1
-    if not others:
-        return [1.0]
-    if cfg.opd.teacher_weight == "fixed":
-        own = 1 / (1 + others) if cfg.opd.owner_weight is None else cfg.opd.owner_weight
-        return [own, *[(1 - own) / others] * others]
-    weight = token_weights(rollout.mask, cfg.rlvr)
-    weight = weight * advantages(reward(), cfg.rlvr).view(-1, 1).to(weight.device)
-    gain = torch.zeros(len(scores))
-    for micro, rows in enumerate(rollout.micro_batches(cfg.micro_batch_tokens)):
-        mask = rollout.mask[rows]
-        for j, teacher in enumerate(scores):
-            difference = teacher.logp[micro].to(weight.device) - rollout.logp[rows][mask]
-            gain[j] += (weight[rows][mask] * difference).sum().cpu()
-    gain = gain.clamp(min=0)
-    return (gain / gain.sum()).tolist() if gain.sum() > 0 else [1.0] + [0.0] * others
+def fixed_weights(teachers: int, cfg: OPDConfig) -> list[float]:
+    """Of the teachers of a rollout, its owner first, summing to one."""
+    others = teachers - 1
+    own = 1 / teachers if cfg.owner_weight is None or not others else cfg.owner_weight
+    return [own, *[(1 - own) / others for _ in range(others)]]
 
 
 @dataclass
@@ -80,11 +59,31 @@ class Lesson:
     signal: str
     weight: list[float] | None = None
     """of each teacher, summing to one; None where each has rows of its own"""
+    advantage: Tensor | None = None
+    """(B,) of each row's reward, where it says who is better"""
 
     @property
     def key(self) -> str:
         """Under which its KL is logged."""
         return f"kl/{'+'.join(teacher.name for teacher in self.teachers)}"
+
+    def weigh(self, rollout: Rollout, weight: Tensor, cfg: Config) -> None:
+        """Weighs the teachers by who is better at the task, where `advantage` is given; `weight` (B, C) is the tokens'.
+
+        Better is whose way raises the reward: in proportion to gain_j = Σ_t w_t Â_i δ_t^j where positive, the slope of
+        the expected reward from the student's policy toward teacher j's. The owner alone where nobody's does.
+        """
+        if self.advantage is None:
+            return
+        pull, gain = weight * self.advantage[:, None], torch.zeros(len(self.teachers))
+        for micro, rows in enumerate(rollout.micro_batches(cfg.micro_batch_tokens)):
+            mask = rollout.mask[rows]
+            for j, teacher in enumerate(self.teachers):
+                difference = teacher.logp[micro].to(pull.device) - rollout.logp[rows][mask]
+                gain[j] += (pull[rows][mask] * difference).sum().cpu()
+        gain = gain.clamp(min=0)
+        found = gain / gain.sum() if gain.sum() > 0 else torch.eye(len(gain))[0]
+        self.weight = found.tolist()
 
     def weights_by_name(self, domain: str) -> dict[str, float]:
         """To be logged, where several teachers judge the same rows."""

@@ -9,10 +9,10 @@ from copd_cases import make_branch, make_config, reward_longer, same, weights
 from copd import checkpoint
 from copd.branch import Branch
 from copd.coevolve import coevolve, gather, make_plan
-from copd.distill import TeacherScore, teacher_weights
+from copd.distill import Lesson, TeacherScore
 from copd.lab.start import start
 from copd.merge import merge
-from copd.rlvr import advantages
+from copd.rlvr import advantages, token_weights
 from copd.train import Run, device_of, run
 
 
@@ -174,17 +174,19 @@ def test_teachers_weigh_by_how_much_their_way_raises_the_reward(tmp_path, slopes
     cfg = make_config(tmp_path, "opd.teacher_weight=better", "micro_batch_tokens=60", domains=domains)
     rollout = make_branch(cfg).native_batch(0).rollout
     assert len(rollout.micro_batches(60)) > 1
+    weight_of = token_weights(rollout.mask, cfg.rlvr)
+
+    def found(reward):
+        lesson = Lesson(opinions(rollout, cfg, *slopes), "forward", None, advantages(reward, cfg.rlvr).flatten())
+        lesson.weigh(rollout, weight_of, cfg)
+        return lesson.weight
+
     reward = torch.arange(6).view(2, 3).float()
-    found = teacher_weights(opinions(rollout, cfg, *slopes), rollout, lambda: reward, cfg)
-    assert found == pytest.approx(weight)
+    assert found(reward) == pytest.approx(weight)
     # a constant reward says nothing, and one that failed leaves its row out
-    assert teacher_weights(opinions(rollout, cfg, *slopes), rollout, lambda: 0 * reward, cfg) == [
-        1,
-        *[0] * (len(slopes) - 1),
-    ]
+    assert found(0 * reward) == [1, *[0] * (len(slopes) - 1)]
     reward[0, 0] = torch.nan
-    found = teacher_weights(opinions(rollout, cfg, *slopes), rollout, lambda: reward, cfg)
-    assert [w > 0 for w in found] == [w > 0 for w in weight]
+    assert [w > 0 for w in found(reward)] == [w > 0 for w in weight]
 
 
 def test_weights_by_who_is_better_are_those_of_the_sweep_and_logged(tmp_path):
@@ -193,9 +195,10 @@ def test_weights_by_who_is_better_are_those_of_the_sweep_and_logged(tmp_path):
     student, owner, other = (make_branch(cfg, n, s) for n, s in (("text", 0), ("image", 1), ("video", 2)))
     owner.tasks[0].reward = reward_longer
     batch = student.cross_batch(owner, 0, others=(other,))
+    metrics = student.learn([batch])
     weight = batch.lesson.weight
     assert sum(weight) == pytest.approx(1)
-    metrics = student.learn([batch])
+    assert weight != [0.5, 0.5]
     assert [metrics[f"teacher_weight/image/{name}"] for name in ("image", "video")] == weight
 
 
