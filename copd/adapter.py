@@ -32,6 +32,7 @@ from transformers.pytorch_utils import Conv1D
 from copd import files
 from copd.config import Config
 from copd.settings import AdapterConfig, ModelConfig
+from copd.weights import base_name
 
 LINEAR = (nn.Linear, Conv1D)
 ADAPTABLE = (*LINEAR, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -309,9 +310,9 @@ def fingerprint(model: PreTrainedModel) -> str:
     """Names a base by some of its weights, in bf16 or fp32 alike; adapters on it do not count."""
     digest = hashlib.blake2b(digest_size=8)
     for name, parameter in model.named_parameters():
-        if ".lora_" in name or ".modules_to_save." in name:
+        if (own := base_name(name)) is None:
             continue
-        digest.update(name.replace(".base_layer.", ".").replace(".original_module.", ".").encode())
+        digest.update(own.encode())
         some = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)]
         digest.update(some.bfloat16().float().cpu().numpy().tobytes())
     return digest.hexdigest()

@@ -21,10 +21,11 @@ from transformers import PreTrainedModel
 from copd.batch import Batch, NonFiniteLoss, deal, draw
 from copd.config import Config
 from copd.distill import Lesson, TeacherScore, fixed_weights
+from copd.engine import Engine, Transformers
 from copd.loss import loss_of, mismatch
 from copd.model import hidden_states
 from copd.rlvr import advantages, token_weights
-from copd.rollout import Rollout, generate, rewards, seed_of, special_tokens
+from copd.rollout import Rollout, rewards, seed_of, special_tokens
 from copd.task import Prompt, Task
 from copd.weights import Weights, Whole
 from copd_kernels import Head, agreement, logprob
@@ -41,7 +42,9 @@ class Branch:
         processor: Any,
         cfg: Config,
         device: torch.device,
+        engine: Engine | None = None,
     ) -> None:
+        self.engine = engine or Transformers(cfg.rollout)
         self.name, self.tasks, self.cfg, self.device = name, tasks, cfg, device
         self.weights: Weights = Whole(model) if isinstance(model, PreTrainedModel) else model
         self.model = model = self.weights.model
@@ -76,7 +79,7 @@ class Branch:
         """Completions of this policy, `cfg.rollout.samples` a prompt unless said otherwise."""
         samples = samples or self.cfg.rollout.samples
         with self.active():
-            return generate(self.model, prompts, samples, self.cfg.rollout, self.special, seed, greedy)
+            return self.engine.sample(self.weights, prompts, samples, self.special, seed, greedy)
 
     def native_batches(self, step: int) -> list[Batch]:
         """A batch of one of this branch's tasks, in turn, or one of each."""

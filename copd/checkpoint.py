@@ -27,7 +27,13 @@ PLACE = {"name", "output_dir", "variant", "arm", "device", "threads", "resume", 
 KEPT = {"checkpoint_every", "keep_checkpoints", "checkpoint_required", "eval", "merge", "opd.overlap_tokens"}
 LENGTH = {"cycles", "mixed_steps", "mixed_rollouts", "mopd_steps", "consolidate.steps"}
 # ... and what makes room: the sums are the same but for rounding, the samples come from the same distribution
-ROOM = {"micro_batch_tokens", "offload", "rollout.cache_tokens", "model.activation_checkpointing"}
+ROOM = {
+    "micro_batch_tokens",
+    "offload",
+    "rollout.cache_tokens",
+    "rollout.engine_options",
+    "model.activation_checkpointing",
+}
 
 
 def identity(cfg: Config) -> dict[str, Any]:

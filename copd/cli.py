@@ -14,7 +14,7 @@ from pathlib import Path
 import transformers
 from safetensors import SafetensorError
 
-from copd import evaluate, files, schema, train
+from copd import engine, evaluate, files, schema, train
 from copd.branch import Branch, NonFiniteLoss
 from copd.lab import report, study, suite
 from copd.lab.config import LabConfig
@@ -46,6 +46,7 @@ def check(cfg: LabConfig) -> None:
     processor = load_processor(cfg.model.path) if cfg.model.path else vocabulary.tokenizer()
     for name, owned in cfg.branches.items():
         make_task(name, owned, processor).prompt(0)
+    engine.check(cfg.rollout)
     for name in cfg.report_to:
         if find_spec(name) is None:
             raise ImportError(f"config: report_to must name installed packages; got {name}, which is not")
@@ -63,12 +64,14 @@ def run_study(args: argparse.Namespace, plan: study.Study) -> None:
 
 def run_eval(args: argparse.Namespace, cfg: LabConfig) -> None:
     device = train.device_of(cfg)
+    sampler = None  # one: the models differ in their weights alone
     for folder in args.models:
         model, processor = load(replace(cfg.model, path=folder), device)
         model.requires_grad_(False)
+        sampler = sampler or engine.make(replace(cfg, model=replace(cfg.model, adapter=None)), model, processor)
         for name, owned in cfg.branches.items():
             task = make_task(name, owned, processor)
-            branch = Branch(folder, [task], model, processor, cfg, device)
+            branch = Branch(folder, [task], model, processor, cfg, device, sampler)
             record, _ = evaluate.accuracy(branch, task, cfg.eval.prompts, cfg.eval.samples)
             what = "accuracy" if "accuracy" in record else "reward"
             sampled, greedy = record[what], record[f"{what}_greedy"]

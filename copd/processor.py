@@ -53,7 +53,9 @@ class PilProcessor(Qwen3VLProcessor):
 
     def to_dict(self) -> dict[str, Any]:
         """What `save_pretrained` writes; where torchvision is there, it loads as Qwen3-VL's own processor."""
-        settings = {"video_processor_type": "Qwen3VLVideoProcessor"} | self.video_processor.settings
+        names = ("patch_size", "merge_size", "temporal_patch_size", "image_mean", "image_std")
+        as_images = {name: getattr(self.image_processor, name) for name in names}
+        settings = {"video_processor_type": "Qwen3VLVideoProcessor"} | as_images | self.video_processor.settings
         return super().to_dict() | {"processor_class": "Qwen3VLProcessor", "video_processor": settings}
 
 

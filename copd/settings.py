@@ -125,6 +125,10 @@ class RolloutConfig:
     """a truncated completion takes no part in the loss (it is counted and logged)"""
     cache_tokens: int | None = None
     """positions of the KV cache at once, over all rows; None for no limit: set it when the cache does not fit"""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """who samples: the model itself, or vLLM with a copy of its weights"""
+    engine_options: dict[str, Any] = field(default_factory=dict)
+    """arguments of vLLM's engine (`EngineArgs`), as `gpu_memory_utilization` or `max_model_len`"""
 
     def __post_init__(self) -> None:
         at_least(self, "rollout.", prompts=1, samples=1, max_new_tokens=1, cache_tokens=1)

@@ -68,3 +68,10 @@ class Whole:
 
     def save(self, folder: Path) -> None:
         self.model.save_pretrained(folder)
+
+
+def base_name(name: str) -> str | None:
+    """A parameter's name in a base that no adapter was put on; None for one of an adapter's own."""
+    if ".lora_" in name or ".modules_to_save." in name:
+        return None
+    return name.replace(".base_layer.", ".").replace(".original_module.", ".")

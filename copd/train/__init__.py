@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from copd import checkpoint, evaluate, files, results, schema
+from copd import checkpoint, engine, evaluate, files, results, schema
 from copd.batch import NonFiniteLoss
 from copd.branch import Branch
 from copd.coevolve import coevolve, make_plan
@@ -105,6 +105,7 @@ class Run:
     def __init__(self, cfg: Config, base: PreTrainedModel, processor: Any, tasks: Mapping[str, Task]) -> None:
         self.cfg, self.directory, self.device = cfg, cfg.run_dir, device_of(cfg)
         self.base, self.processor, self.tasks = base, processor, tasks
+        self.engine = engine.make(cfg, base, processor)
         self.lora: LoraConfig | None = None
         if cfg.model.adapter is None:
             # branches are copies: the base itself need not stay on the device
@@ -119,7 +120,7 @@ class Run:
     def branch(self, name: str, tasks: list[Task], model: PreTrainedModel | Weights | None = None) -> Branch:
         if model is None:
             model = self._copy() if self.lora is None else self._adapter(name)
-        return Branch(name, tasks, model, self.processor, self.cfg, self.device)
+        return Branch(name, tasks, model, self.processor, self.cfg, self.device, self.engine)
 
     def _copy(self) -> PreTrainedModel:
         return copy.deepcopy(self.base)

@@ -272,8 +272,8 @@ def test_a_missing_file_and_an_empty_split_are_refused(processor, write):
         FileTask("text", config(write(*rows(2)), test_rows=2), processor)
 
 
-def checkpoint(folder, processor):
-    model = build_tiny(TinyConfig(hidden_size=32, layers=1, vision_layers=1), seed=0)
+def checkpoint(folder, processor, **sizes):
+    model = build_tiny(TinyConfig(**{"hidden_size": 32, "layers": 1, "vision_layers": 1} | sizes), seed=0)
     model.resize_token_embeddings(len(processor.tokenizer))
     ids = processor.tokenizer.convert_tokens_to_ids(vocabulary.MEDIA)
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")

@@ -1,0 +1,181 @@
+"""Rollouts by a real vLLM. `test_vllm.py` runs this file in a process, and an environment, of its own."""
+
+from copy import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from copd_cases import make_branch, make_config
+from test_adapter import make_base, moved
+from test_data import EXAMPLES, checkpoint, processor  # noqa: F401  (a fixture)
+
+from copd import cli, engine, schema, train
+from copd.adapter import Adapter, lora_config
+from copd.branch import Branch
+from copd.config import Config
+from copd.rollout import generate
+from copd_kernels import reference
+
+DOMAINS = ("text", "image", "video")
+# head sizes that vLLM's CPU attention has, and memory that a shared machine has
+SIZES = ("model.hidden_size=128", "model.vision_hidden_size=64")
+OPTIONS = "rollout.engine_options={kv_cache_memory_bytes: 16777216, max_num_seqs: 32, block_size: 32}"
+LORA = ("model.adapter.rank=4", "model.adapter.alpha=8", "model.freeze_vision=true")
+
+
+def config(folder, *overrides):
+    few = ("rollout.max_new_tokens=6", "rollout.temperature=0.7")
+    return make_config(folder, *SIZES, "rollout.engine=vllm", OPTIONS, *few, *overrides, domains=DOMAINS)
+
+
+@pytest.fixture(scope="module")
+def branches(tmp_path_factory, processor):  # noqa: F811
+    """Three policies, each of a domain of its own, that share one engine."""
+    cfg = config(tmp_path_factory.mktemp("runs"))
+    made = [make_branch(cfg, name, seed) for seed, name in enumerate(DOMAINS)]
+    vllm = engine.make(cfg, made[0].model, processor)
+    for branch in made:
+        branch.engine = vllm
+    return made
+
+
+def prompts(branches, count=2):
+    """Text, images and videos in one batch; the first reaches over blocks of the cache, as a known prefix would."""
+    found = [branch.tasks[0].prompt(i) for branch in branches for i in range(count)]
+    long = {name: getattr(found[0], name) * 10 for name in ("input_ids", "mm_token_type_ids")}
+    return [replace(found[0], **long), *found[1:]]
+
+
+def error(branch, rollout):
+    """The largest difference between the engine's log-probs and those of the trainer's own forward."""
+    rows, temperature = range(len(rollout.tokens)), branch.cfg.rollout.temperature
+    with torch.no_grad(), branch.active():
+        head, tokens = branch.head(rollout, list(rows))
+        logits = reference.logits(head).float() / temperature
+    logits[:, branch.special.media] = -torch.inf
+    logp = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+    return (logp - rollout.logp[rollout.mask]).abs().max().item()
+
+
+def test_each_branch_in_turn_samples_text_images_and_videos_with_the_trainers_log_probs(branches):
+    for branch in [*branches, branches[0]]:
+        rollout = branch.rollout(prompts(branches), seed=1)
+        assert rollout.tokens.shape[0] == 6 * 3
+        assert error(branch, rollout) < 1e-5
+
+
+def test_greedy_tokens_are_those_of_transformers(branches):
+    for branch in branches:
+        ours = branch.rollout(prompts(branches), 0, 1, greedy=True)
+        theirs = generate(branch.model, ours.prompts, 1, branch.cfg.rollout, branch.special, 0, greedy=True)
+        assert torch.equal(ours.tokens, theirs.tokens)
+        assert torch.equal(ours.mask, theirs.mask)
+
+
+def test_sampling_depends_on_its_seed_alone(branches):
+    first, other = prompts(branches), branches[0].rollout(prompts(branches), 2)
+    again = [branches[0].rollout(first, seed) for seed in (2, 3)]
+    assert torch.equal(other.tokens, again[0].tokens)
+    assert not torch.equal(other.tokens, again[1].tokens)
+    # samples of a prompt, and equal prompts, draw with noise of their own
+    twice = branches[0].rollout([first[0], first[0]], 2, 8)
+    assert len({tuple(row) for row in twice.tokens.tolist()}) > 8
+
+
+def test_the_mask_ends_with_eos_and_truncated_rows_have_none(branches):
+    rollout = branches[0].rollout(prompts(branches), 4, 32)
+    eos = torch.tensor(branches[0].special.eos)
+    ends = torch.isin(rollout.tokens, eos) & rollout.mask
+    lengths = rollout.mask.sum(1)
+    assert rollout.truncated.any()
+    assert not rollout.truncated.all()
+    assert torch.equal(ends.any(1), ~rollout.truncated)
+    assert (lengths[rollout.truncated] == 6).all()
+    assert (ends.float().argmax(1)[~rollout.truncated] == lengths[~rollout.truncated] - 1).all()
+    assert not torch.isin(rollout.tokens[rollout.mask], torch.tensor(branches[0].special.media)).any()
+
+
+def test_weights_that_moved_are_those_it_samples_with(branches):
+    branch, asked = branches[1], prompts(branches)
+    before = branch.rollout(asked, 5)
+    with torch.no_grad():
+        for parameter in branch.model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    assert error(branch, before) > 0.1
+    assert error(branch, branch.rollout(asked, 5)) < 1e-5
+
+
+def test_a_prompt_beyond_the_limit_is_named_and_harms_nothing(branches):
+    prompt = branches[0].tasks[0].prompt(3)
+    long = replace(prompt, input_ids=prompt.input_ids * 20_000)
+    with pytest.raises(ValueError, match=r"prompt and max_new_tokens must fit in the \d+ tokens .* row 3 of text"):
+        branches[0].rollout([prompt, long], 0)
+    assert error(branches[0], branches[0].rollout([prompt], 0)) < 1e-5
+
+
+def test_after_an_exception_inside_it_nothing_is_sampled(branches, monkeypatch):
+    broken = copy(branches[0].engine)
+    monkeypatch.setattr(broken, "_generate", lambda *_: 1 / 0)
+    monkeypatch.setattr(branches[0], "engine", broken)
+    with pytest.raises(RuntimeError, match="engine vllm must come to its end; got ZeroDivisionError"):
+        branches[0].rollout(prompts(branches), 0)
+    with pytest.raises(RuntimeError, match="engine vllm must be started anew"):
+        branches[0].rollout(prompts(branches), 0)
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory, processor):  # noqa: F811
+    """Three adapters on one base, and the base itself, that share one engine."""
+    cfg = config(tmp_path_factory.mktemp("runs"), *LORA)
+    base = make_base(cfg)
+    lora = lora_config(base, cfg.model)
+    vllm = engine.make(cfg, base, processor)
+    owned = [moved(Adapter(base, name, lora), seed, scale=0.1) for seed, name in enumerate(DOMAINS)]
+    tasks = [make_branch(cfg, name).tasks for name in DOMAINS]
+    made = [
+        Branch(w.name, t, w, processor.tokenizer, cfg, base.device, vllm) for w, t in zip(owned, tasks, strict=True)
+    ]
+    return [*made, Branch("base", tasks[0], base, processor.tokenizer, cfg, base.device, vllm)]
+
+
+def test_adapters_are_requests_of_one_engine_updated_in_place(adapters):
+    asked = prompts(adapters[:3])
+    for visit, branch in enumerate(adapters * 2):
+        rollout = branch.rollout(asked, 6)
+        assert error(branch, rollout) < 1e-5
+        if branch.name != "base":
+            moved(branch.weights, 10 + visit, scale=0.1)
+            assert error(branch, rollout) > 0.1
+            assert error(branch, branch.rollout(asked, 6)) < 1e-5
+
+
+def test_an_adapter_of_layers_that_the_engine_leaves_alone_is_refused(adapters, tmp_path):
+    cfg = config(tmp_path, *LORA, "model.freeze_vision=false")
+    base = adapters[0].model
+    tower = Adapter(base, "tower", lora_config(make_branch(cfg).model, cfg.model))
+    with pytest.raises(ValueError, match=r"adapters of linear layers of the language model alone; got model\.visual"):
+        adapters[0].engine.sample(tower, [], 1, adapters[0].special, 0)
+    tower.remove()
+
+
+def test_a_run_samples_with_it_and_eval_too(processor, tmp_path, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.chdir(EXAMPLES.parent)
+    checkpoint(tmp_path / "base", processor, hidden_size=128, vision_hidden_size=64)
+    options = [
+        f"model.path={tmp_path / 'base'}",
+        f"output_dir={tmp_path / 'runs'}",
+        "model.dtype=float32",
+        "cycles=1",
+        "rl_steps=1",
+        "opd_steps=1",
+        "rollout={prompts: 2, samples: 2, max_new_tokens: 6, mask_truncated: false, engine: vllm}",
+        OPTIONS,
+        "eval={every: 0, prompts: 2, samples: 1, curve_prompts: 2, divergence_prompts: 1, shown: 1}",
+    ]
+    cfg = schema.load(Config, EXAMPLES / "shapes.yaml", options)
+    train.run(cfg)
+    steps = [line for line in (cfg.run_dir / "metrics.jsonl").read_text().splitlines() if '"train"' in line]
+    assert len(steps) == 2 * 3
+    capsys.readouterr()
+    cli.main(["eval", str(cfg.run_dir / "merged"), "--config", str(cfg.run_dir / "config.yaml")])
+    assert capsys.readouterr().out.count("accuracy") == 3
