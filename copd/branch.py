@@ -6,10 +6,9 @@ rollout, `learn` makes the optimiser step, `state` saves. Placing a branch elsew
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -28,7 +27,8 @@ from copd.rlvr import advantages, token_weights
 from copd.rollout import Rollout, rewards, seed_of, special_tokens
 from copd.task import Prompt, Task
 from copd.weights import Weights, Whole
-from copd_kernels import Head, agreement, logprob
+from copd_kernels import Head, logprob
+from copd_kernels.top import top_k
 
 
 class Branch:
@@ -98,32 +98,29 @@ class Branch:
         batch.stats |= getattr(task, "reward_stats", {})
         return batch
 
-    def cross_batch(self, owner: Branch, step: int, shared_by: int = 1, others: Sequence[Branch] = ()) -> Batch:
-        """This policy's rollouts on the owner's prompts, scored by it, and by `others`, as they are now."""
-        cfg, task = self.cfg, owner.task_of(step)
-        count = cfg.rollout.prompts
+    def cross_batch(self, task: Task, teachers: Sequence[str], step: int, shared_by: int = 1) -> Batch:
+        """This policy's rollouts on `task`, for its owner, who comes first among the teachers, and others to score."""
+        cfg, count = self.cfg, self.cfg.rollout.prompts
         if cfg.opd.batch == "split":
             count = max(1, count // shared_by)
         key = (cfg.seed, "cross", self.task_of(step).name, task.name)
         rollout = self.rollout(draw(task, count, step, *key), seed_of("sample", *key, step))
-        # the sampled signal needs no more of the teacher than its log-probs, but for the logged overlap
-        keep = cfg.opd.overlap_tokens if cfg.opd.signal == "sampled" else math.inf
-        scores = [teacher.score(rollout, keep) for teacher in (owner, *others)]
-        lesson = Lesson(scores, cfg.opd.signal, fixed_weights(1 + len(others), cfg.opd))
+        lesson = Lesson(
+            [TeacherScore(name) for name in teachers], cfg.opd.signal, fixed_weights(len(teachers), cfg.opd)
+        )
         weight = self._weights(rollout)
-        if others and cfg.opd.teacher_weight == "better":
+        if len(teachers) > 1 and cfg.opd.teacher_weight == "better":
             lesson.advantage = advantages(rewards(task, rollout), cfg.rlvr).flatten().to(weight.device)
         return Batch(task.name, rollout, weight, lesson=lesson)
 
-    def routed_batch(self, owners: Sequence[Branch], step: int) -> Batch:
-        """Rollouts on a batch of prompts dealt out among `owners`, each scored by the branch that owns its prompt."""
-        cfg, tasks = self.cfg, [owner.task_of(step) for owner in owners]
+    def routed_batch(self, owners: Mapping[str, Task], step: int) -> Batch:
+        """Rollouts on a batch of prompts dealt out among the tasks, for the branch that owns each to score."""
+        cfg, tasks = self.cfg, list(owners.values())
         key = (cfg.seed, "consolidate")
         prompts, owned = deal(tasks, cfg.rollout.prompts, step, *key)
         rollout = self.rollout(prompts, seed_of("sample", *key, step))
-        keep = cfg.opd.overlap_tokens if cfg.consolidate.signal == "sampled" else math.inf
         rows = [slice(p.start * cfg.rollout.samples, p.stop * cfg.rollout.samples) for p in owned]
-        scores = [owner.score(rollout, keep, own) for owner, own in zip(owners, rows, strict=True)]
+        scores = [TeacherScore(name, own) for name, own in zip(owners, rows, strict=True)]
         batch = Batch("all", rollout, self._weights(rollout), lesson=Lesson(scores, cfg.consolidate.signal))
         if not cfg.consolidate.native:
             return batch
@@ -153,18 +150,26 @@ class Branch:
         return Head.of(model, hidden), tokens
 
     @torch.no_grad()
-    def score(self, rollout: Rollout, keep_tokens: float = math.inf, only: slice | None = None) -> TeacherScore:
-        """This branch as teacher of another's rollout, or of some rows: log-probs and heads of this very moment."""
+    def score(
+        self, rollout: Rollout, rows: slice | None = None, heads: bool = True, likeliest: int = 0
+    ) -> TeacherScore:
+        """This branch as teacher of another's rollout, or of some rows, with the weights of this very moment.
+
+        Log-probs; the `heads`, where a divergence over the whole vocabulary is asked for; top words of the first
+        `likeliest` tokens.
+        """
         cfg, weights = self.cfg, self.frozen or self.weights
         keep = self.device if not cfg.offload else torch.device("cpu")
-        score, lm_head = TeacherScore(self.name, [], [], only), None
+        score, lm_head = TeacherScore(self.name, rows), None
         with self.active(weights):
-            for rows in rollout.micro_batches(cfg.micro_batch_tokens):
-                head, tokens = self.head(rollout, rows, weights.model, only)
+            for micro in rollout.micro_batches(cfg.micro_batch_tokens):
+                head, tokens = self.head(rollout, micro, weights.model, rows)
                 score.logp.append(logprob(head, tokens, temperature=cfg.rollout.temperature).logp)
-                if keep_tokens <= 0:
+                if likeliest > 0:
+                    score.likeliest.append(top_k(replace(head, hidden=head.hidden[:likeliest]), cfg.eval.top_k).int())
+                    likeliest -= len(tokens)
+                if not heads:
                     continue
-                keep_tokens -= len(tokens)
                 if lm_head is None:  # of its own where it trains: a frozen one does not move before students read it
                     lm_head = (head.lm_head.clone() if head.lm_head.requires_grad else head.lm_head).to(keep)
                 score.heads.append(replace(head, hidden=head.hidden.to(keep), lm_head=lm_head))
@@ -251,36 +256,25 @@ class Branch:
         for parameter, master in self.rounded:
             parameter.data.copy_(master)
 
+    @torch.no_grad()
     def _agreement(self, batch: Batch, lesson: Lesson) -> dict[str, float]:
         """Top-k overlap with, and δ of, each teacher before the update, on the first tokens of the batch."""
         found = lesson.weights_by_name(batch.domain)
+        micro_batches = batch.rollout.micro_batches(self.cfg.micro_batch_tokens)
         for teacher in lesson.teachers:
-            name = teacher.name
-            sums, deltas = self.compare(batch.rollout, teacher, self.cfg.opd.overlap_tokens)
-            if len(deltas):
-                found |= {f"delta_min/{name}": deltas.min().item(), f"delta_max/{name}": deltas.max().item()}
-                found[f"overlap/{name}"] = sums[0] / len(deltas)
+            name, common, deltas = teacher.name, 0.0, [torch.empty(0)]
+            with self.active():
+                for rows, theirs, logp in zip(micro_batches, teacher.likeliest, teacher.logp, strict=False):
+                    head, tokens = self.head(batch.rollout, rows, only=teacher.rows)
+                    head, tokens = replace(head, hidden=head.hidden[: len(theirs)]), tokens[: len(theirs)]
+                    ours = top_k(head, theirs.shape[1])
+                    common += (ours[:, :, None] == theirs[:, None]).any(2).sum(1).div(theirs.shape[1]).sum().item()
+                    own = logprob(head, tokens, temperature=self.cfg.rollout.temperature).logp
+                    deltas.append((logp[: len(theirs)].to(own.device) - own).cpu())
+            if len(delta := torch.cat(deltas)):
+                found |= {f"delta_min/{name}": delta.min().item(), f"delta_max/{name}": delta.max().item()}
+                found[f"overlap/{name}"] = common / len(delta)
         return found
-
-    @torch.no_grad()
-    def compare(self, rollout: Rollout, teacher: TeacherScore, limit: float = math.inf) -> tuple[list[float], Tensor]:
-        """On the first N tokens a teacher scored, at most `limit`: sums of overlap and of both KLs; and δ (N,)."""
-        sums, deltas, temperature = [0.0] * 3, [torch.empty(0)], self.cfg.rollout.temperature
-        with self.active():
-            for micro, rows in enumerate(rollout.micro_batches(self.cfg.micro_batch_tokens)):
-                if limit <= 0:
-                    break
-                head, tokens = self.head(rollout, rows, only=teacher.rows)
-                tokens = tokens[: int(min(limit, len(tokens)))]
-                student, other = (
-                    replace(h, hidden=h.hidden[: len(tokens)]) for h in (head, teacher.head(micro, self.device))
-                )
-                seen = agreement(student, [other], k=self.cfg.eval.top_k, temperature=temperature)
-                sums = [total + value.sum().item() for total, value in zip(sums, seen, strict=True)]
-                logp = logprob(student, tokens, temperature=temperature).logp
-                deltas.append((teacher.logp[micro][: len(tokens)].to(logp.device) - logp).cpu())
-                limit -= len(tokens)
-        return sums, torch.cat(deltas)
 
     def freeze(self) -> Weights:
         """Keeps a copy of the weights as they are now, to teach with until `thaw`."""

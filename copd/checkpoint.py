@@ -1,4 +1,6 @@
-"""Resumable checkpoints: `checkpoint-<step>/` with the state of every branch and the config that made it.
+"""Resumable checkpoints: `checkpoint-<step>/` with a file for every branch and the config that made it.
+
+Which rank wrote a branch is not in it: a run goes on from it on as many ranks as there are now.
 
 Weights, master weights and optimiser are all there is to save: data order and sampling are functions of (seed, step).
 """
@@ -22,7 +24,18 @@ from copd.settings import DataConfig
 
 logger = logging.getLogger("copd")
 # settings that may change between a run and its continuation: where it runs, ...
-PLACE = {"name", "output_dir", "variant", "arm", "device", "threads", "resume", "report_to", "warmstart.cache_dir"}
+PLACE = {
+    "name",
+    "output_dir",
+    "variant",
+    "arm",
+    "device",
+    "threads",
+    "timeout",
+    "resume",
+    "report_to",
+    "warmstart.cache_dir",
+}
 # ... what is kept and measured of it, how long it goes on, ...
 KEPT = {"checkpoint_every", "keep_checkpoints", "checkpoint_required", "eval", "merge", "opd.overlap_tokens"}
 LENGTH = {"cycles", "mixed_steps", "mixed_rollouts", "mopd_steps", "consolidate.steps"}
@@ -75,14 +88,16 @@ def same(saved: dict[str, Any], cfg: Config, where: str) -> None:
 
 def save(directory: Path, step: int, plan: Plan, cfg: Config) -> Path:
     """Writes `checkpoint-<step>` whole or not at all, and removes the oldest beyond `cfg.keep_checkpoints`."""
-    target = directory / f"checkpoint-{step}"
-    with files.whole(target) as scratch:
-        scratch.mkdir()
-        states = {branch.name: branch.state() for branch in plan.models(step)}
-        state = {"step": step, "identity": identity(cfg), "phases": plan.phases[:step], "branches": states}
-        torch.save(state, scratch / "state.pt")
-        (scratch / "config.yaml").write_text(dump(cfg))
-    prune(directory, cfg.keep_checkpoints, target)
+    target, place = directory / f"checkpoint-{step}", plan.place
+    with place.folder(target) as scratch:
+        for branch in plan.models(step):
+            torch.save(branch.state(), scratch / f"branch-{branch.name}.pt")
+        if place.first:
+            state = {"step": step, "identity": identity(cfg), "phases": plan.phases[:step]}
+            torch.save(state, scratch / "state.pt")
+            (scratch / "config.yaml").write_text(dump(cfg))
+    if place.first:
+        prune(directory, cfg.keep_checkpoints, target)
     return target
 
 
@@ -102,7 +117,7 @@ def found(directory: Path) -> list[Path]:
 
 def resume(directory: Path, plan: Plan, cfg: Config) -> int:
     """Restores the newest checkpoint that can be read; returns the steps done, 0 where there is none."""
-    paths = found(directory)
+    paths = plan.place.told(lambda: found(directory))
     for path in reversed(paths):
         try:
             step = load(path, plan, cfg)
@@ -110,7 +125,8 @@ def resume(directory: Path, plan: Plan, cfg: Config) -> int:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             logger.warning("resume: %s cannot be read (%s)", path, reason)
             continue
-        prune(directory, cfg.keep_checkpoints, path)  # a kill may have come before it
+        if plan.place.first:
+            prune(directory, cfg.keep_checkpoints, path)  # a kill may have come before it
         return step
     if paths:
         raise ValueError(f"resume: a checkpoint in {directory} must be readable; got none; resume=false starts anew")
@@ -118,11 +134,32 @@ def resume(directory: Path, plan: Plan, cfg: Config) -> int:
 
 
 def load(path: Path, plan: Plan, cfg: Config) -> int:
-    """Restores all models and the phases taken; returns the steps done.
+    """Restores all models, wherever they lived, and the phases taken; returns the steps done.
 
     Raises `ValueError` for a checkpoint of another config, `OSError` or `RuntimeError` for one that is damaged.
     """
-    file = path / "state.pt"
+
+    def everything() -> tuple[dict[str, Any], dict[str, Any]]:
+        saved = read(path / "state.pt")
+        same(saved["identity"], cfg, f"{path} (see its config.yaml)")
+        step = int(saved["step"])
+        if plan.govern is not None:
+            plan.phases[:step] = saved["phases"]
+        taken = min(step, len(plan.phases))
+        if plan.phases[:taken] != saved["phases"][:taken]:
+            raise ValueError(f"resume: cycles must leave the {step} steps of {path} what they were; got other phases")
+        mine = filter(plan.place.holds, plan.names(step))
+        return saved, {name: read(path / f"branch-{name}.pt") for name in mine}
+
+    saved, states = plan.place.together(everything)
+    step = int(saved["step"])
+    for branch in plan.models(step):
+        branch.load_state(states[branch.name])
+    return step
+
+
+def read(file: Path) -> dict[str, Any]:
+    """What `torch.save` wrote. Raises `OSError` for a file that is damaged."""
     try:
         with zipfile.ZipFile(file) as archive:  # torch writes checksums, and does not read them
             damaged = archive.testzip()
@@ -130,14 +167,5 @@ def load(path: Path, plan: Plan, cfg: Config) -> int:
         raise OSError(f"{file} is cut off or no checkpoint: {error}") from error
     if damaged:
         raise OSError(f"{file} is damaged at {damaged}")
-    saved = torch.load(file, map_location="cpu", weights_only=True)
-    same(saved["identity"], cfg, f"{path} (see its config.yaml)")
-    step = int(saved["step"])
-    if plan.govern is not None:
-        plan.phases[:step] = saved["phases"]
-    taken = min(step, len(plan.phases))
-    if plan.phases[:taken] != saved["phases"][:taken]:
-        raise ValueError(f"resume: cycles must leave the {step} steps of {path} what they were; got other phases")
-    for branch in plan.models(step):
-        branch.load_state(saved["branches"][branch.name])
-    return step
+    state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    return state

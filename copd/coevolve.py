@@ -28,17 +28,22 @@ from copd import schedule, topology
 from copd.batch import Batch
 from copd.branch import Branch
 from copd.config import Config
+from copd.distill import TeacherScore
+from copd.ranks import Place
+from copd.rollout import Rollout
 from copd.task import Task
 from copd.weights import Weights
+
+Edge = tuple[str, str, int, int]
 
 
 @dataclass
 class Plan:
     branches: list[Branch]
-    """those that learn"""
+    """those that learn, of the ones that live here"""
     phases: list[str]
     """what each step is: `rl`, `opd` or `consolidate`; with `govern` those decided so far"""
-    teachers: dict[str, list[Branch]] = field(default_factory=dict)
+    teachers: dict[str, list[str]] = field(default_factory=dict)
     """of each branch, in Phase II"""
     native: bool = True
     """Phase II takes a native batch too"""
@@ -48,13 +53,22 @@ class Plan:
     """phases in all; 0 for those listed"""
     govern: Callable[[list[str]], str] | None = None
     """from the phases so far to the next one; None takes those listed"""
-    merge: Callable[[str, bool], Branch] | None = None
-    """the merge of the branches as they are now, under a name, to learn or only to be measured"""
-    student: Branch | None = None
-    """the merge that learns in `consolidate`"""
+    merge: Callable[[str, bool], Branch | None] | None = None
+    """the merge of the branches as they are now, under a name, to learn or only to be measured; None where it does not
+    live"""
+    student: list[Branch] | None = None
+    """the merge that learns in `consolidate`, if it lives here; None before that begins"""
+    experts: list[Branch] = field(default_factory=list)
+    """teachers that do not learn"""
+    tasks: Mapping[str, Task] = field(default_factory=dict)
+    """what each teacher owns; empty for those that live here"""
+    place: Place = None  # type: ignore[assignment]
+    """where all live that learn; None for here"""
 
     def __post_init__(self) -> None:
         self.steps = self.steps or len(self.phases)
+        self.place = self.place or Place([branch.name for branch in self.branches])
+        self.tasks = self.tasks or {branch.name: branch.tasks[0] for branch in (*self.branches, *self.experts)}
 
     def phase(self, step: int) -> str:
         """What step `step` does; with `govern` every step is asked for once, in order."""
@@ -62,11 +76,17 @@ class Plan:
             self.phases.append(self.govern(self.phases))
         return self.phases[step]
 
+    def names(self, step: int) -> list[str]:
+        """Of all, wherever they live, that have learnt anything when `step` steps are done, or will in the next."""
+        merged = self.merge is not None and "consolidate" in self.phases[: step + 1]
+        return [*self.place.owner, "consolidated"] if merged else [*self.place.owner]
+
     def models(self, step: int) -> list[Branch]:
-        """All that have learnt anything when `step` steps are done, or will in the next."""
-        if self.student is None and self.merge is not None and "consolidate" in self.phases[: step + 1]:
-            self.student = self.merge("consolidated", True)
-        return self.branches if self.student is None else [*self.branches, self.student]
+        """Those of `names` that live here."""
+        if self.student is None and self.merge is not None and "consolidated" in self.names(step):
+            made = self.merge("consolidated", True)
+            self.student = [] if made is None else [made]
+        return [*self.branches, *(self.student or [])]
 
 
 def make_plan(
@@ -74,46 +94,51 @@ def make_plan(
     tasks: Mapping[str, Task],
     branch: Callable[..., Branch],
     expert: Callable[[str], PreTrainedModel | Weights],
-    merged: Callable[[], PreTrainedModel | Weights],
+    merged: Callable[[], PreTrainedModel | Weights | None],
     overlap: Callable[[], float],
+    place: Place | None = None,
 ) -> Plan:
     """The plan of `cfg.method`.
 
-    `branch(name, tasks, model=base)` makes a branch, `expert(name)` a frozen teacher, `merged()` the branches' merge;
-    `overlap()` measures how close they are.
+    `branch(name, tasks, model=base)` makes a branch, `expert(name)` a frozen teacher, `merged()` the branches' merge
+    where it lives; `overlap()` measures how close they are.
     """
-    everything = list(tasks.values())
+    place, everything = place or Place.of(cfg), list(tasks.values())
+    where: dict[str, Any] = {"tasks": tasks, "place": place}
     # batches on which `copd` distils
     taught = topology.cross_batches(cfg) * cfg.cycles * cfg.opd_steps + cfg.consolidate.steps
     if cfg.method == "mixed":
         batches = cfg.steps * len(tasks) + (taught if cfg.mixed_rollouts == "all" else 0)
         steps = math.ceil(batches / len(tasks)) if cfg.mixed_batch == "joint" else batches
-        return Plan([branch("mixed", everything)], ["rl"] * (cfg.mixed_steps or steps))
+        return Plan([branch("mixed", everything)], ["rl"] * (cfg.mixed_steps or steps), **where)
     if cfg.method == "mopd":
         experts = [branch(name, [task], expert(name)) for name, task in tasks.items()]
         student = branch("student", everything)
-        return Plan([student], ["opd"] * (cfg.mopd_steps or taught), {"student": experts}, native=False, in_turn=True)
-    branches = {name: branch(name, [tasks[name]]) for name in topology.local(list(tasks))}
-    learners, after = list(branches.values()), ["consolidate"] * cfg.consolidate.steps
+        phases, teachers = ["opd"] * (cfg.mopd_steps or taught), {"student": list(tasks)}
+        return Plan([student], phases, teachers, native=False, in_turn=True, experts=experts, **where)
+    learners = [branch(name, [task]) for name, task in tasks.items() if place.holds(name)]
+    after = ["consolidate"] * cfg.consolidate.steps
 
-    def merge(name: str, learns: bool) -> Branch:
+    def merge(name: str, learns: bool) -> Branch | None:
         model = merged()
+        if model is None:
+            return None
         if learns:
             assert isinstance(model, PreTrainedModel)  # the config refuses a merge into an adapter
             model.requires_grad_(True)
         return branch(name, everything, model)
 
     if cfg.method == "expert":
-        return Plan(learners, ["rl"] * cfg.steps)
+        return Plan(learners, ["rl"] * cfg.steps, **where)
     if cfg.method == "independent":
-        return Plan(learners, ["rl"] * cfg.steps + after, merge=merge)
-    teachers = {name: [branches[teacher] for teacher in who] for name, who in topology.teachers(cfg).items()}
+        return Plan(learners, ["rl"] * cfg.steps + after, merge=merge, **where)
     plan = Plan(
         learners,
         schedule.fixed(cfg.cycles, cfg.rl_steps, cfg.opd_steps) + after,
-        teachers,
+        topology.teachers(cfg),
         native=cfg.opd.native,
         merge=merge,
+        **where,
     )
     if cfg.schedule == "overlap":
         plan.phases, plan.govern = [], schedule.by_overlap(cfg.overlap, cfg.steps, overlap)
@@ -126,29 +151,70 @@ def coevolve(plan: Plan, start: int = 0) -> Iterator[tuple[int, str, dict[str, d
         phase = plan.phase(step)
         if plan.branches[0].cfg.opd.teacher == "phase_start":
             mark_phase(plan, step)
-        learners = plan.models(step)[len(plan.branches) :] if phase == "consolidate" else plan.branches
         # everything is sampled and scored with the weights of this step ...
-        batches = {branch.name: gather(plan, branch, phase, step) for branch in learners}
+        batches = gather(plan, phase, step)
         # ... before any branch moves
-        yield step + 1, phase, {branch.name: branch.learn(batches[branch.name]) for branch in learners}
+        metrics = {b.name: b.learn(batches[b.name]) for b in plan.models(step) if b.name in batches}
+        yield step + 1, phase, plan.place.union(metrics, plan.names(step))
 
 
-def gather(plan: Plan, student: Branch, phase: str, step: int) -> list[Batch]:
-    """Phase I: a native batch. Phase II: a native batch, and rollouts of the student that each teacher scores.
+def scorers(plan: Plan, student: str, phase: str, step: int) -> list[list[str]]:
+    """The teachers of each batch that is not native, the owner of its prompts first; or the owners of its parts."""
+    if phase == "rl":
+        return []
+    everyone = list(plan.place.owner)
+    if phase == "consolidate":
+        return [everyone]
+    owners = plan.teachers[student]
+    if plan.in_turn:
+        owners = [owners[step % len(owners)]]
+    others = everyone if plan.branches[0].cfg.opd.teachers == "all" else []
+    return [[owner, *(name for name in others if name not in (student, owner))] for owner in owners]
 
+
+def gather(plan: Plan, phase: str, step: int) -> dict[str, list[Batch]]:
+    """What each branch that lives here learns from in this step.
+
+    Phase I: a native batch. Phase II: a native batch, and rollouts of the student that each teacher scores.
     Consolidation: rollouts on everybody's prompts, each scored by its owner.
     """
-    if phase == "consolidate":
-        return [student.routed_batch(plan.branches, step)]
-    batches = student.native_batches(step) if phase == "rl" or plan.native else []
-    if phase == "opd":
-        teachers = plan.teachers[student.name]
-        if plan.in_turn:
-            teachers = [teachers[step % len(teachers)]]
-        everyone = plan.branches if student.cfg.opd.teachers == "all" else []
-        for teacher in teachers:
-            others = [branch for branch in everyone if branch not in (student, teacher)]
-            batches.append(student.cross_batch(teacher, step, len(teachers), others))
+    here, cfg = {branch.name: branch for branch in (*plan.models(step), *plan.experts)}, plan.branches[0].cfg
+    learners = ["consolidated"] if phase == "consolidate" else list(plan.place.owner)
+    taught = {name: scorers(plan, name, phase, step) for name in learners}  # the same on all ranks
+    signal = cfg.consolidate.signal if phase == "consolidate" else cfg.opd.signal
+    batches: dict[str, list[Batch]] = {}
+    for name in learners:
+        if student := here.get(name):
+            batches[name] = student.native_batches(step) if phase == "rl" or (phase == "opd" and plan.native) else []
+            for who in taught[name]:
+                tasks = {owner: plan.tasks[owner] for owner in who}
+                batches[name].append(
+                    student.routed_batch(tasks, step)
+                    if phase == "consolidate"
+                    else student.cross_batch(tasks[who[0]], who, step, len(taught[name]))
+                )
+    # (student, teacher, batch from the end, the teacher's place in its lesson)
+    edges = [
+        (name, teacher, batch - len(lessons), place)
+        for name, lessons in taught.items()
+        for batch, who in enumerate(lessons)
+        for place, teacher in enumerate(who)
+    ]
+
+    def scores(edge: Edge) -> list[TeacherScore]:
+        lesson = batches[edge[0]][edge[2]].lesson
+        assert lesson is not None
+        return lesson.teachers
+
+    def ask(edge: Edge) -> tuple[Rollout, slice | None]:
+        return batches[edge[0]][edge[2]].rollout, scores(edge)[edge[3]].rows
+
+    def answer(edge: Edge, asked: tuple[Rollout, slice | None]) -> TeacherScore:
+        # the sampled signal needs no more of the teacher than its log-probs
+        return here[edge[1]].score(*asked, heads=signal != "sampled", likeliest=cfg.opd.overlap_tokens)
+
+    for edge, score in plan.place.exchange(edges, ask, answer, plan.branches[0].device):
+        scores(edge)[edge[3]] = score
     return batches
 
 

@@ -93,6 +93,8 @@ class Config:
     """a checkpoint that cannot be written, as on a full disk, ends the run; False says so and goes on"""
     resume: bool = True
     """continue from the run's newest checkpoint, if there is one; False moves what is there aside and starts anew"""
+    timeout: float = 7200.0
+    """seconds that ranks wait for each other before they give up: more than the longest batch of rollouts takes"""
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
     """trackers beside `metrics.jsonl`"""
 
@@ -126,4 +128,5 @@ class Config:
             free = re.fullmatch(r"\w[\w.-]*", name) and name not in ("base", "merged", "overall")
             require(bool(free), rule, repr(name))
         at_least(self, cycles=0, rl_steps=0, opd_steps=0, checkpoint_every=0, threads=0)
+        require(self.timeout > 0, "timeout must be above 0", self.timeout)
         at_least(self, keep_checkpoints=1, micro_batch_tokens=1, mixed_steps=1, mopd_steps=1)

@@ -9,7 +9,7 @@ where that of the others vanishes with the student's own probability of what the
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -25,13 +25,15 @@ class TeacherScore:
     """A teacher's view of the tokens of one rollout, micro-batch by micro-batch, with the weights it had then."""
 
     name: str
-    heads: list[Head]
-    """hidden states (N, D), and the `lm_head` as it was: the live one moves before all students have read it; of the
-    first micro-batches only, where no more are needed"""
-    logp: list[Tensor]
-    """(N,) fp32 log-probs of the sampled tokens"""
     rows: slice | None = None
-    """the rows of the rollout that it scored, and N counts; None for all"""
+    """the rows of the rollout that it scores, and N counts; None for all"""
+    logp: list[Tensor] = field(default_factory=list)
+    """(N,) fp32 log-probs of the sampled tokens; none until the teacher has answered"""
+    heads: list[Head] = field(default_factory=list)
+    """hidden states (N, D), and the `lm_head` as it was: the live one moves before all students have read it; for the
+    signals that need them"""
+    likeliest: list[Tensor] = field(default_factory=list)
+    """(M, k) int32, its top words at the first M of the N tokens, in no order; for what is logged"""
 
     def head(self, micro: int, device: torch.device) -> Head:
         head = self.heads[micro]

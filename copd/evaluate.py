@@ -17,10 +17,13 @@ from PIL import Image
 from copd import files, topology
 from copd.branch import Branch
 from copd.coevolve import Plan
+from copd.distill import TeacherScore
 from copd.log import Log
-from copd.rollout import completions, rewards, seed_of
+from copd.ranks import Place
+from copd.rollout import Rollout, completions, rewards, seed_of
 from copd.schema import digest
 from copd.task import Task
+from copd_kernels import agreement
 
 logger = logging.getLogger("copd")
 Record = dict[str, Any]
@@ -33,13 +36,23 @@ def measure(plan: Plan, tasks: Mapping[str, Task], log: Log, step: int) -> None:
     """
     last, cfg = step == plan.steps, plan.branches[0].cfg
     if _due(step, cfg.eval.every, last):
-        models = plan.models(step)
+        here, names = {branch.name: branch for branch in plan.models(step)}, plan.names(step)
         if cfg.eval.merged and plan.merge is not None and plan.student is None:
-            models = [*models, plan.merge("merged", False)]
-        for branch in models:
-            for task in tasks.values():
-                if not log.last("eval", step=step, branch=branch.name, domain=task.name):
-                    log.write("eval", step, accuracy(branch, task, cfg.eval.curve_prompts, 1)[0])
+            names.append("merged")
+            if merged := plan.merge("merged", False):
+                here["merged"] = merged
+        due = [
+            (branch, domain)
+            for branch in names
+            for domain in tasks
+            if not log.last("eval", step=step, branch=branch, domain=tasks[domain].name)
+        ]
+
+        def work(item: tuple[str, str]) -> Record:
+            return accuracy(here[item[0]], tasks[item[1]], cfg.eval.curve_prompts, 1)[0]
+
+        for _, record in plan.place.each(due, work):
+            log.write("eval", step, record)
     if _due(step, cfg.eval.every if cfg.eval.divergence_every is None else cfg.eval.divergence_every, last):
         divergences(plan, tasks, log, step)
 
@@ -47,11 +60,31 @@ def measure(plan: Plan, tasks: Mapping[str, Task], log: Log, step: int) -> None:
 def divergences(plan: Plan, tasks: Mapping[str, Task], log: Log, step: int) -> list[Record]:
     """Divergence along the edges of the topology after `step` steps, where the log does not hold it yet."""
     branches = {branch.name: branch for branch in plan.branches}
-    for student, teachers in topology.teachers(plan.branches[0].cfg).items():
-        for teacher in teachers:
-            measured = log.last("divergence", step=step, student=student, teacher=teacher)
-            if student in branches and teacher in branches and not measured:
-                log.write("divergence", step, divergence(branches[student], branches[teacher], tasks[student]))
+    cfg, device = plan.branches[0].cfg, plan.branches[0].device
+    edges = [
+        (student, teacher)
+        for student, teachers in topology.teachers(cfg).items()
+        for teacher in teachers
+        if {student, teacher} <= plan.place.owner.keys()
+        and not log.last("divergence", step=step, student=student, teacher=teacher)
+    ]
+    asked: dict[tuple[str, str], Rollout] = {}
+
+    def ask(edge: tuple[str, str]) -> Rollout:
+        task = tasks[edge[0]]
+        rows = [task.prompt(i, "test") for i in range(min(cfg.eval.divergence_prompts, task.size("test")))]
+        asked[edge] = branches[edge[0]].rollout(rows, seed_of("divergence", task.name))
+        return asked[edge]
+
+    def answer(edge: tuple[str, str], rollout: Rollout) -> TeacherScore:
+        return branches[edge[1]].score(rollout)
+
+    found = {
+        edge: divergence(branches[edge[0]], asked.pop(edge), score, tasks[edge[0]])
+        for edge, score in plan.place.exchange(edges, ask, answer, device)
+    }
+    for record in plan.place.union(found, edges).values():
+        log.write("divergence", step, record)
     return [record for record in log.of("divergence") if record["step"] == step]
 
 
@@ -60,27 +93,33 @@ def _due(step: int, every: int, last: bool) -> bool:
 
 
 def final(
-    models: list[Branch], tasks: list[Task], log: Log, path: Path
+    models: list[Branch], names: list[str], tasks: list[Task], log: Log, path: Path, place: Place
 ) -> tuple[dict[str, dict[str, Record]], list[Record]]:
-    """Model -> domain -> accuracy at the end of a run, and the samples to show.
+    """Model -> domain -> accuracy at the end of a run, of all models by `names`, and the samples to show.
 
-    `path` keeps what is done, model by model, for the process that takes over from one that ended here.
+    `models` are those that live here. `path` keeps what is done, for the process that takes over from one that ended.
     """
-    cfg = models[0].cfg
+    cfg, here, by_name = models[0].cfg, {branch.name: branch for branch in models}, {task.name: task for task in tasks}
     state: dict[str, Any] = {"of": digest(cfg.eval, cfg.merge, log.total), "final": {}, "samples": []}
-    if path.exists() and (saved := json.loads(path.read_text()))["of"] == state["of"]:
+    saved = place.told(lambda: json.loads(path.read_text()) if path.exists() else state)
+    if saved["of"] == state["of"]:
         state = saved
-    for branch in models:
-        found = state["final"].setdefault(branch.name, {})
-        for task in tasks:
-            if task.name not in found:
-                found[task.name], shown = accuracy(branch, task, cfg.eval.prompts, cfg.eval.samples)
-                state["samples"] += shown
-                files.write(path, json.dumps(state))
-            record = found[task.name]
-            if not log.last("final", step=log.total, **record):
-                log.write("final", log.total, record)
-            logger.info("final: %s on %s: reward %.3f", branch.name, task.name, record["reward"])
+    everything = [(name, domain) for name in names for domain in by_name]
+
+    def work(item: tuple[str, str]) -> tuple[Record, list[Record]]:
+        return accuracy(here[item[0]], by_name[item[1]], cfg.eval.prompts, cfg.eval.samples)
+
+    due = [(name, domain) for name, domain in everything if domain not in state["final"].get(name, {})]
+    for (name, domain), (record, shown) in place.each(due, work):
+        state["final"].setdefault(name, {})[domain] = record
+        state["samples"] += shown
+        if place.first:
+            files.write(path, json.dumps(state))
+    for name, domain in everything:
+        record = state["final"][name][domain]
+        if not log.last("final", step=log.total, **record):
+            log.write("final", log.total, record)
+        logger.info("final: %s on %s: reward %.3f", name, domain, record["reward"])
     return state["final"], state["samples"]
 
 
@@ -122,15 +161,21 @@ def accuracy(branch: Branch, task: Task, prompts: int, samples: int) -> tuple[Re
     return record, shown
 
 
-def divergence(student: Branch, teacher: Branch, task: Task) -> Record:
-    """Top-k overlap and KLs between two branches at the tokens that `student` samples on the task's test prompts.
+@torch.no_grad()
+def divergence(student: Branch, rollout: Rollout, teacher: TeacherScore, task: Task) -> Record:
+    """Top-k overlap and KLs between two branches at the tokens that `student` sampled on the task's test prompts.
 
     `symmetric_kl` is forward + reverse, not halved.
     """
-    rows = [task.prompt(i, "test") for i in range(min(student.cfg.eval.divergence_prompts, task.size("test")))]
-    rollout = student.rollout(rows, seed_of("divergence", task.name))
-    sums, deltas = student.compare(rollout, teacher.score(rollout))
-    overlap, forward_kl, reverse_kl = (torch.tensor(sums) / len(deltas)).tolist()
+    cfg, sums, count = student.cfg, [0.0] * 3, 0
+    with student.active():
+        for micro, rows in enumerate(rollout.micro_batches(cfg.micro_batch_tokens)):
+            head, tokens = student.head(rollout, rows)
+            other = teacher.head(micro, student.device)
+            seen = agreement(head, [other], k=cfg.eval.top_k, temperature=cfg.rollout.temperature)
+            sums = [total + value.sum().item() for total, value in zip(sums, seen, strict=True)]
+            count += len(tokens)
+    overlap, forward_kl, reverse_kl = (torch.tensor(sums) / count).tolist()
     return {
         "student": student.name,
         "teacher": teacher.name,
@@ -139,7 +184,7 @@ def divergence(student: Branch, teacher: Branch, task: Task) -> Record:
         "forward_kl": forward_kl,
         "reverse_kl": reverse_kl,
         "symmetric_kl": forward_kl + reverse_kl,
-        "tokens": len(deltas),
+        "tokens": count,
     }
 
 

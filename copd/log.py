@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import os
 import resource
 import sys
 import time
@@ -20,6 +21,7 @@ from tqdm import tqdm
 from copd import files
 from copd.branch import Branch
 from copd.config import Config
+from copd.ranks import Place
 
 logger = logging.getLogger("copd")
 LINE_SECONDS = 10  # between the lines that stand for the bar where there is no terminal
@@ -69,19 +71,24 @@ def read(path: Path) -> list[dict[str, Any]]:
 class Log:
     """`metrics.jsonl`, progress and trackers of one run. Of an interrupted run, the records up to where it resumes."""
 
-    def __init__(self, directory: Path, cfg: Config, total: int, done: int) -> None:
+    def __init__(self, directory: Path, cfg: Config, total: int, done: int, place: Place | None = None) -> None:
         path, name = directory / "metrics.jsonl", directory / "run-id"
-        before = read(path) if done else []
+        place = place or Place(list(cfg.branches))
+        before = place.told(lambda: read(path) if done else [])
         self.records = [record for record in before if record["step"] <= done]
-        files.write(path, "".join(json.dumps(record) + "\n" for record in self.records))
-        if not (done and name.exists()):
-            files.write(name, uuid.uuid4().hex[:12])
-        self.file = path.open("a")
+        if place.first:
+            files.write(path, "".join(json.dumps(record) + "\n" for record in self.records))
+            if not (done and name.exists()):
+                files.write(name, uuid.uuid4().hex[:12])
+        # all ranks know all records; one writes them
+        self.file = (path if place.first else Path(os.devnull)).open("a")
         self.start = self.shown = time.perf_counter() - (self.records[-1]["time"] if self.records else 0.0)
-        self.bar = tqdm(total=total, initial=done, desc=cfg.name, disable=None, dynamic_ncols=True)
+        hidden = None if place.first else True
+        self.bar = tqdm(total=total, initial=done, desc=cfg.name, disable=hidden, dynamic_ncols=True)
         self.total, self.done = total, done
         self.warned: set[str] = set()
-        self.trackers = [Tracker(kind, directory, cfg, name.read_text()) for kind in cfg.report_to]
+        kinds = cfg.report_to if place.first else []
+        self.trackers = [Tracker(kind, directory, cfg, name.read_text()) for kind in kinds]
         # a resumed run takes some steps again, to the same numbers
         self.sent = {tag(record) for record in before}
 

@@ -17,6 +17,7 @@ from copd.branch import Branch
 from copd.checkpoint import identity
 from copd.coevolve import Plan
 from copd.log import Log
+from copd.ranks import KEEPERS
 from copd_kernels.rows import resolve
 
 
@@ -24,8 +25,7 @@ def save(directory: Path, models: Iterable[Branch]) -> None:
     """Every model but the base, with its processor."""
     for branch in models:
         if branch.name != "base":
-            whole = branch.name in ("merged", "consolidated")
-            folder = directory / (branch.name if whole else f"branch-{branch.name}")
+            folder = directory / (branch.name if branch.name in KEEPERS else f"branch-{branch.name}")
             with files.whole(folder) as scratch:
                 branch.weights.save(scratch)
                 branch.processor.save_pretrained(scratch)
@@ -50,7 +50,7 @@ def write(
         "seed": cfg.seed,
         "hub": cfg.hub or next(iter(cfg.branches)),
         "domains": list(domains),
-        "branches": {branch.name: branch.tasks[0].name for branch in plan.branches if len(branch.tasks) == 1},
+        "branches": {name: plan.tasks[name].name for name in plan.place.owner if name in plan.tasks},
         "config": asdict(cfg),
         "identity": identity(cfg),
         "phases": spans(plan.phases),

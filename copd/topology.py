@@ -1,4 +1,4 @@
-"""Who teaches whom, and who lives where."""
+"""Who teaches whom."""
 
 from __future__ import annotations
 
@@ -17,11 +17,3 @@ def teachers(cfg: Config) -> dict[str, list[str]]:
 def cross_batches(cfg: Config) -> int:
     """Batches of `rollout.prompts` that a step of Phase II samples for distillation, all branches together."""
     return sum(1 if cfg.opd.batch == "split" else len(who) for who in teachers(cfg).values() if who)
-
-
-def local(names: list[str]) -> list[str]:
-    """The branches this process holds: all of them, one process being all there is.
-
-    The one place that knows: a distributed run returns its ranks' share here and exchanges rollouts and scores.
-    """
-    return names

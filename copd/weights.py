@@ -67,7 +67,12 @@ class Whole:
         self.model.load_state_dict(state)
 
     def save(self, folder: Path) -> None:
-        self.model.save_pretrained(folder)
+        # in a process group transformers has the first rank alone write, as if all had the same model
+        vars(self.model)["should_save_on_this_rank"] = lambda first: True
+        try:
+            self.model.save_pretrained(folder)
+        finally:
+            del self.model.should_save_on_this_rank
 
 
 def base_name(name: str) -> str | None:

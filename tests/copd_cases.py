@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from copd import schema, train
+from copd.batch import Batch
 from copd.branch import Branch
 from copd.lab.config import LabConfig
 from copd.lab.start import start
@@ -72,3 +73,21 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 def reward_longer(prompts: list, completions: list[str]) -> list[float]:
     """A reward that random completions of one prompt differ in, so that advantages are not all zero."""
     return [float(sum(map(len, text))) for text in completions]
+
+
+def scored(batch: Batch, *teachers: Branch) -> Batch:
+    """The batch with what its teachers say, as the loop would ask them."""
+    lesson = batch.lesson
+    for place, teacher in enumerate(teachers):
+        rows, heads = lesson.teachers[place].rows, lesson.signal != "sampled"
+        lesson.teachers[place] = teacher.score(batch.rollout, rows, heads, teacher.cfg.opd.overlap_tokens)
+    return batch
+
+
+def cross_batch(student: Branch, owner: Branch, step: int = 0, others: tuple[Branch, ...] = ()) -> Batch:
+    teachers = (owner, *others)
+    return scored(student.cross_batch(owner.task_of(step), [t.name for t in teachers], step), *teachers)
+
+
+def routed_batch(student: Branch, owners: list[Branch], step: int = 0) -> Batch:
+    return scored(student.routed_batch({owner.name: owner.tasks[0] for owner in owners}, step), *owners)

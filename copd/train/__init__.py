@@ -10,6 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -26,10 +27,11 @@ from copd.data import FileTask
 from copd.log import Log, memory_mib, state_memory
 from copd.merge import merge
 from copd.model import is_adapter, load, load_like
+from copd.ranks import KEEPERS, Place, device_of, joined
 from copd.rollout import seed_of
 from copd.task import Task
 from copd.train import health
-from copd.train.interrupts import Interrupts
+from copd.train.interrupts import Interrupts, Stopped
 from copd.weights import Weights
 
 if TYPE_CHECKING:
@@ -39,11 +41,6 @@ logger = logging.getLogger("copd")
 C = TypeVar("C", bound=Config)
 Start = tuple[PreTrainedModel, Any, Mapping[str, Task]]
 """what a run begins with: the base, its processor, and the task of each branch"""
-
-
-def device_of(cfg: Config) -> torch.device:
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(auto if cfg.device == "auto" else cfg.device)
 
 
 def from_files(cfg: Config, device: torch.device) -> Start:
@@ -60,14 +57,20 @@ def run(cfg: C, start: Callable[[C, torch.device], Start] = from_files) -> dict[
 
     `start` makes what it begins with, on the device: files, or `copd.lab.start.start`.
     """
-    with files.lock(cfg.run_dir), Interrupts():
-        if not cfg.resume and cfg.run_dir.exists():
-            logger.warning("resume=false: what was in %s is now in %s", cfg.run_dir, files.move_aside(cfg.run_dir))
-        if found := finished(cfg):
+    with joined(cfg), Interrupts(), ExitStack() as stack:
+        place = Place.of(cfg)
+
+        def begin() -> dict[str, Any] | None:
+            stack.enter_context(files.lock(cfg.run_dir))
+            if not cfg.resume and cfg.run_dir.exists():
+                logger.warning("resume=false: what was in %s is now in %s", cfg.run_dir, files.move_aside(cfg.run_dir))
+            return finished(cfg)
+
+        if found := place.told(begin):
             return found
         if cfg.threads:
             torch.set_num_threads(cfg.threads)
-        trainer = Run(cfg, *start(cfg, device_of(cfg)))
+        trainer = Run(cfg, *place.ahead(lambda: start(cfg, device_of(cfg))))
         return trainer.finish(trainer.train())
 
 
@@ -114,7 +117,8 @@ class Run:
             from copd import adapter  # peft, which it imports, takes a second
 
             self.lora = adapter.prepare(base, cfg, self.device)
-        self.plan = make_plan(cfg, tasks, self.branch, self._expert, self.merged, self._overlap)
+        self.place = Place.of(cfg)
+        self.plan = make_plan(cfg, tasks, self.branch, self._expert, self.merged, self._overlap, self.place)
         state_memory(self.plan.branches)
 
     def branch(self, name: str, tasks: list[Task], model: PreTrainedModel | Weights | None = None) -> Branch:
@@ -153,12 +157,13 @@ class Run:
         done = saved = checkpoint.resume(self.directory, plan, cfg) if cfg.resume else 0
         if done > total:
             raise ValueError(f"resume: cycles and steps must give at least the {done} steps done; got {total}")
-        (self.directory / "results.json").unlink(missing_ok=True)  # of a run that is to go on
-        files.write(self.directory / "config.yaml", schema.dump(cfg))
-        log = self.log = Log(self.directory, cfg, total, done)
+        if self.place.first:
+            (self.directory / "results.json").unlink(missing_ok=True)  # of a run that is to go on
+            files.write(self.directory / "config.yaml", schema.dump(cfg))
+        log = self.log = Log(self.directory, cfg, total, done, self.place)
         whole = [branch.updates for branch in plan.models(done)]
         try:
-            with Interrupts() as interrupts:
+            with Interrupts(agree=self.place.any if self.place.world > 1 else None) as interrupts:
                 evaluate.measure(plan, self.tasks, log, done)
                 steps, clock = coevolve(plan, done), time.perf_counter()
                 while done < total:
@@ -174,7 +179,9 @@ class Run:
             between = whole == [branch.updates for branch in plan.models(done)]
             if isinstance(error, NonFiniteLoss):
                 error = self._failed(error, done + 1)
-            if done > saved and between:
+            # what stops one rank alone leaves the others in the middle of something
+            everywhere = self.place.world == 1 or isinstance(error, Stopped | health.Unhealthy)
+            if done > saved and between and everywhere:
                 saved = done if self._save(done, required=False) else saved
             elif done > saved:
                 logger.error("stopped within step %d, when some branches had moved: it is no state to resume", done + 1)
@@ -186,9 +193,10 @@ class Run:
 
     def _record(self, log: Log, step: int, phase: str, metrics: dict[str, dict[str, Any]], seconds: float) -> None:
         speed = sum(record["tokens"] for record in metrics.values()) / seconds
+        memory = self.place.union({self.place.rank: memory_mib(self.device)}, range(self.place.world))
         for name, record in metrics.items():
             record["num_tokens"] += log.last("train", branch=name).get("num_tokens", 0)
-            record |= {"step_time": seconds, "tokens_per_s": speed, "memory_mib": memory_mib(self.device)}
+            record |= {"step_time": seconds, "tokens_per_s": speed, "memory_mib": memory[self.place.keeper(name)]}
             log.write("train", step, {"phase": phase, "branch": name} | record)
         log.progress(phase, metrics)
         for name, record in metrics.items():
@@ -210,21 +218,37 @@ class Run:
 
     def _failed(self, error: NonFiniteLoss, step: int) -> NonFiniteLoss:
         """Branches that had already moved in this step make its state one to look at, not one to resume."""
-        path = self.directory / f"failed-{step}" / "state.pt"
+        alone = self.place.world == 1
+        path = self.directory / f"failed-{step}" / ("state.pt" if alone else f"rank-{self.place.rank}.pt")
         with files.whole(path) as scratch:
             states = {branch.name: branch.state() for branch in self.plan.models(step - 1)}
             torch.save({"batch": error.batch, "branches": states}, scratch)
         return NonFiniteLoss(f"{error}; step {step}, batch and weights saved in {path.parent}", error.batch)
 
-    def merged(self) -> PreTrainedModel | Weights:
-        """The base with the branches' weights merged into it; or, where the config says so, into one adapter."""
-        branches, cfg = {branch.name: branch.weights for branch in self.plan.branches}, self.cfg.merge
+    def merged(self) -> PreTrainedModel | Weights | None:
+        """The base with the branches' weights merged into it; or, where the config says so, into one adapter.
+
+        All ranks ask for it; None but where it lives.
+        """
+        here, cfg, names = (
+            {branch.name: branch.weights for branch in self.plan.branches},
+            self.cfg.merge,
+            self.place.owner,
+        )
+        states = self.place.bring({name: weights.state() for name, weights in here.items()}, [*names], "merged")
+        if states is None:
+            return None
         if self.lora is not None:
             from copd import merge_adapters
 
-            return merge_adapters.merge(branches, cfg)
+            guests = {name: self._adapter(name) for name in names if name not in here}
+            for name, guest in guests.items():
+                guest.load_state(states[name])
+            merged = merge_adapters.merge({name: (here | guests)[name] for name in names}, cfg)
+            for guest in guests.values():
+                guest.remove()
+            return merged
         model = self._copy()
-        states = {name: weights.state() for name, weights in branches.items()}
         model.load_state_dict(merge(self.base.state_dict(), states, cfg))
         return model.requires_grad_(False)
 
@@ -235,23 +259,29 @@ class Run:
 
     def finish(self, log: Log) -> dict[str, Any]:
         """Saves every model, evaluates it, and writes `results.json`."""
-        everything, branches = list(self.tasks.values()), self.plan.branches
+        everything, branches, place = list(self.tasks.values()), self.plan.branches, self.place
         try:
-            if self.lora is not None:
+            if self.lora is not None and place.first:
                 from copd import adapter
 
                 adapter.save_base(self.base, self.lora, self.processor)
-            results.save(self.directory, branches)
-            base = self._copy().requires_grad_(False) if self.lora is None else self.base
-            models = [self.branch("base", everything, base), *branches]
+            place.together(lambda: results.save(self.directory, branches))
+            models, names = [*branches], ["base", *place.owner]
+            if place.holds("base"):
+                base = self._copy().requires_grad_(False) if self.lora is None else self.base
+                models.insert(0, self.branch("base", everything, base))
             if self.cfg.method in ("copd", "independent"):
-                models.append(self.branch("merged", everything, self.merged()))
+                if (merged := self.merged()) is not None:
+                    models.append(self.branch("merged", everything, merged))
                 models += self.plan.models(self.plan.steps)[len(branches) :]
-                results.save(self.directory, models[1 + len(branches) :])
+                names += ["merged", *self.plan.names(self.plan.steps)[len(place.owner) :]]
+                made = [model for model in models if model.name in KEEPERS]
+                place.together(lambda: results.save(self.directory, made))
             partial = self.directory / "final.json"
-            final, samples = evaluate.final(models, everything, log, partial)
-            found = results.write(self.directory, self.plan, self.tasks, log, final, samples)
-            partial.unlink()
+            final, samples = evaluate.final(models, names, everything, log, partial, place)
+            found = place.told(lambda: results.write(self.directory, self.plan, self.tasks, log, final, samples))
+            if place.first:
+                partial.unlink()
         except BaseException:
             logger.warning("stopped after training: the same command goes on with what %s has", self.directory)
             raise

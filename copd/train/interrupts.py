@@ -14,15 +14,24 @@ logger = logging.getLogger("copd")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
+class Stopped(KeyboardInterrupt):
+    """Asked to stop, and stopped where a step ends, every rank after the same one."""
+
+
 class Interrupts:
     """While entered, a signal raises `KeyboardInterrupt`: at once, or where `hold` ends; a second one at once.
 
-    `pass_on` is told of each first.
+    `pass_on` is told of each first. With `agree`, which makes what this rank was asked the answer of all, the first one
+    always waits: the end of a step is where all ranks are.
     """
 
-    def __init__(self, pass_on: Callable[[int], None] = lambda number: None) -> None:
-        self.pass_on = pass_on
-        self.held = self.asked = False
+    def __init__(
+        self,
+        pass_on: Callable[[int], None] = lambda number: None,
+        agree: Callable[[bool], bool] | None = None,
+    ) -> None:
+        self.pass_on, self.agree = pass_on, agree
+        self.held, self.asked = agree is not None, False
         self.previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interrupts:
@@ -49,6 +58,6 @@ class Interrupts:
         try:
             yield
         finally:
-            self.held = False
-        if self.asked:
-            raise KeyboardInterrupt("asked to stop")
+            self.held = self.agree is not None
+        if self.agree(self.asked) if self.agree else self.asked:
+            raise Stopped("asked to stop")

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 import torch
-from copd_cases import make_branch, make_config, make_run, reward_longer, run, same, weights
+from copd_cases import cross_batch, make_branch, make_config, make_run, reward_longer, run, same, weights
 from torch.profiler import ProfilerActivity, profile
 
 from copd import checkpoint
@@ -22,7 +22,7 @@ def rewarded(branch):
 def make_plan(cfg, names=("text", "image"), phases=("rl", "opd"), teachers=None):
     branches = {name: rewarded(make_branch(cfg, name)) for name in names}
     teachers = teachers or {name: [other for other in names if other != name] for name in names}
-    return Plan(list(branches.values()), list(phases), {n: [branches[t] for t in ts] for n, ts in teachers.items()})
+    return Plan(list(branches.values()), list(phases), teachers)
 
 
 def finish(plan, start=0):
@@ -114,12 +114,12 @@ def test_a_checkpoint_of_another_config_is_refused(tmp_path):
 def test_a_teacher_equal_to_the_student_gives_no_distillation_gradient(tmp_path, signal_name):
     cfg = make_config(tmp_path, f"opd.signal={signal_name}")
     student, teacher = make_branch(cfg), make_branch(cfg, "image")
-    batch = student.cross_batch(teacher, 0)
+    batch = cross_batch(student, teacher, 0)
     student._backward(batch)
     largest = max(p.grad.abs().max() for p in student.parameters if p.grad is not None)
     student.optimizer.zero_grad()
     moved = make_branch(cfg, "image", seed=1)
-    student._backward(student.cross_batch(moved, 0))
+    student._backward(cross_batch(student, moved, 0))
     largest_of_another = max(p.grad.abs().max() for p in student.parameters if p.grad is not None)
     assert largest <= 1e-6 * largest_of_another
 
@@ -139,7 +139,7 @@ def test_two_equal_branches_stay_equal(tmp_path):
     cfg = make_config(tmp_path)
     first, second = (rewarded(make_branch(cfg, name, domain="text")) for name in ("text", "image"))
     second.tasks = first.tasks
-    finish(Plan([first, second], ["rl", "opd", "opd"], {"text": [second], "image": [first]}))
+    finish(Plan([first, second], ["rl", "opd", "opd"], {"text": ["image"], "image": ["text"]}))
     assert same(weights(first), weights(second))
     assert not same(weights(first), weights(make_branch(cfg)))
 
@@ -149,7 +149,7 @@ def test_all_scoring_precedes_any_update(tmp_path):
     cfg = make_config(tmp_path)
     looped, by_hand = make_plan(cfg, phases=["opd"]), make_plan(cfg, phases=["opd"])
     finish(looped)
-    batches = {branch.name: gather(by_hand, branch, "opd", 0) for branch in reversed(by_hand.branches)}
+    batches = gather(by_hand, "opd", 0)
     for branch in reversed(by_hand.branches):
         branch.learn(batches[branch.name])
     for a, b in zip(looped.branches, by_hand.branches, strict=True):
@@ -160,7 +160,7 @@ def test_scoring_leaves_the_teacher_unchanged(tmp_path):
     cfg = make_config(tmp_path)
     student, teacher = make_branch(cfg), make_branch(cfg, "image")
     before = weights(teacher)
-    student.learn([student.cross_batch(teacher, 0)])
+    student.learn([cross_batch(student, teacher, 0)])
     assert same(weights(teacher), before)
     assert all(p.grad is None for p in teacher.parameters)
 
@@ -206,7 +206,7 @@ def test_mopd_learns_from_the_experts_of_a_finished_run(tmp_path):
 def test_the_cross_batch_is_whole_for_each_teacher_or_shared_out(tmp_path, sharing, prompts):
     cfg = make_config(tmp_path, f"opd.batch={sharing}", domains=("text", "image", "video"))
     plan = make_plan(cfg, ("text", "image", "video"))
-    native, *cross = gather(plan, plan.branches[0], "opd", 0)
+    native, *cross = gather(plan, "opd", 0)[plan.branches[0].name]
     assert len(native.rollout.prompts) == 2
     assert [len(batch.rollout.prompts) for batch in cross] == [prompts, prompts]
 
@@ -214,14 +214,14 @@ def test_the_cross_batch_is_whole_for_each_teacher_or_shared_out(tmp_path, shari
 def test_without_native_batches_phase_two_distils_alone(tmp_path):
     plan = make_plan(make_config(tmp_path))
     plan.native = False
-    assert [str(batch.lesson) for batch in gather(plan, plan.branches[0], "opd", 0)] == ["'image'"]
+    assert [str(batch.lesson) for batch in gather(plan, "opd", 0)[plan.branches[0].name]] == ["'image'"]
 
 
 def test_live_teachers_move_and_phase_start_teachers_do_not(tmp_path):
     scores = {}
     for kind in ("live", "phase_start"):
         plan = make_plan(make_config(tmp_path, f"opd.teacher={kind}"), phases=["opd", "opd"])
-        rollout = plan.branches[0].cross_batch(plan.branches[1], 0).rollout
+        rollout = cross_batch(plan.branches[0], plan.branches[1], 0).rollout
         before = plan.branches[1].score(rollout).logp[0]
         next(coevolve(plan))
         scores[kind] = torch.equal(plan.branches[1].score(rollout).logp[0], before)
@@ -233,7 +233,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path):
     for tokens in (10**6, 1):
         cfg = make_config(tmp_path, f"micro_batch_tokens={tokens}", "opd.signal=reverse")
         student, teacher = rewarded(make_branch(cfg)), make_branch(cfg, "image", seed=1)
-        for batch in (student.native_batch(0), student.cross_batch(teacher, 0)):
+        for batch in (student.native_batch(0), cross_batch(student, teacher, 0)):
             student._backward(batch)
         gradients[tokens] = torch.cat([p.grad.flatten() for p in student.parameters if p.grad is not None])
     torch.testing.assert_close(gradients[1], gradients[10**6], rtol=1e-4, atol=1e-6)
@@ -304,7 +304,7 @@ def test_no_tensor_of_tokens_by_vocabulary_exists_in_the_training_path(tmp_path,
         # the sampler reads the last position alone and is no part of training
         rollout = student.native_batch(0).rollout
         assert rollout.mask.sum() > N - 32
-        batches.extend([student.native_batch(0), student.cross_batch(teacher, 0)])
+        batches.extend([student.native_batch(0), cross_batch(student, teacher, 0)])
 
     batches = []
     step()

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from copd_cases import CPU, TASKS, make_branch, make_config, run
+from copd_cases import CPU, TASKS, cross_batch, make_branch, make_config, run
 
 from copd import rollout as rollout_module
 from copd.branch import Branch
@@ -410,7 +410,7 @@ def test_the_sampled_signal_keeps_no_more_of_the_teacher_than_the_overlap_needs(
     for signal in ("sampled", "reverse"):
         student = make_branch(make_config(tmp_path, f"opd.signal={signal}", *settings))
         teacher = make_branch(make_config(tmp_path, f"opd.signal={signal}", *settings), "image", seed=1)
-        batch = student.cross_batch(teacher, 0)
+        batch = cross_batch(student, teacher, 0)
         kept[signal] = sum(len(head.hidden) for head in batch.lesson.teachers[0].heads)
         assert sum(map(len, batch.lesson.teachers[0].logp)) == batch.rollout.mask.sum()
         assert math.isfinite(student.learn([batch])["overlap"])

@@ -1,0 +1,283 @@
+"""Who lives where, and what travels: the one file that knows that there may be several processes.
+
+    torchrun --standalone --nproc-per-node=3 -m copd.train --config run.yaml
+
+K branches that learn live on W <= K ranks: branch k on rank k mod W. Every rank runs the same loop and asks `Place` at
+the few points where it matters whose branch it is. In one process nothing here does anything.
+
+Messages go through host memory, by gloo: tensors raw, and each once however often it occurs.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from copd import files
+from copd.config import Config
+from copd.task import Prompt
+
+T = TypeVar("T")
+Key = TypeVar("Key", bound=Hashable)
+Edge = TypeVar("Edge", bound=tuple[Any, ...])
+KEEPERS = ("merged", "consolidated")
+
+
+@contextmanager
+def joined(cfg: Config) -> Iterator[None]:
+    """The process group of `torchrun`, where it started this process and nobody has joined yet."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+        yield
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=cfg.timeout))
+    yield
+    # not where something was raised: others may wait for this rank, and torchrun ends them when it is gone
+    dist.destroy_process_group()
+
+
+def device_of(cfg: Config) -> torch.device:
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
+    if kind == "cuda" and dist.is_initialized():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device(kind)
+
+
+class Place:
+    """The ranks of a run, and the branches that live on them.
+
+    Args:
+        names: of the branches that learn, in order, the same on all ranks.
+
+    Raises `ValueError` where there are more ranks than branches.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        several = dist.is_initialized()
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
+        if self.world > len(names):
+            rule = f"ranks: processes must be at most the {len(names)} branches that learn, {', '.join(names)}"
+            raise ValueError(f"{rule}; got {self.world}")
+        self.owner = {name: k % self.world for k, name in enumerate(names)}
+
+    @classmethod
+    def of(cls, cfg: Config) -> Place:
+        place = cls({"mixed": ["mixed"], "mopd": ["student"]}.get(cfg.method, list(cfg.branches)))
+        if place.world > 1 and cfg.rollout.engine != "transformers":
+            rule = "ranks: rollout.engine must be transformers with several processes"
+            raise ValueError(f"{rule}; got {cfg.rollout.engine}")
+        return place
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that writes what is written once."""
+        return self.rank == 0
+
+    def keeper(self, name: str) -> int:
+        """The rank of a model. What is made of all branches lives with the last one, what is given with the first."""
+        return self.owner.get(name, self.world - 1 if name in KEEPERS else 0)
+
+    def holds(self, name: str) -> bool:
+        return self.keeper(name) == self.rank
+
+    # what all ranks do together; a rank that is asked for it alone waits until `timeout`
+
+    def together(self, work: Callable[[], T]) -> T:
+        """`work()` on every rank; what it raises on one it raises on all."""
+        if self.world == 1:
+            return work()
+        result: T | None = None
+        error: Exception | None = None
+        try:
+            result = work()
+        except Exception as raised:
+            error = raised
+        errors: list[Any] = [None] * self.world
+        dist.all_gather_object(errors, _portable(error))
+        if error := error or next(filter(None, errors), None):
+            raise error
+        return result  # type: ignore[return-value]  # it has been assigned
+
+    def told(self, work: Callable[[], T]) -> T:
+        """`work()` on the first rank; everywhere what it returned, or raised, there."""
+        if self.world == 1:
+            return work()
+        said = [self.together(lambda: work() if self.first else None)]
+        dist.broadcast_object_list(said)
+        return said[0]  # type: ignore[return-value]  # it is the first rank's
+
+    def ahead(self, work: Callable[[], T]) -> T:
+        """`work()` on the first rank, and then on the others, which find the files that it left."""
+        if self.world == 1:
+            return work()
+        early = self.together(lambda: work() if self.first else None)
+        late = self.together(lambda: None if self.first else work())
+        return early if self.first else late  # type: ignore[return-value]  # one of them is it
+
+    def any(self, flag: bool) -> bool:
+        return any(self.union({self.rank: flag}, range(self.world)).values())
+
+    def union(self, found: Mapping[Key, T], order: Iterable[Key]) -> dict[Key, T]:
+        """What all ranks found, in this order."""
+        parts: list[Mapping[Key, T]] = [found]
+        if self.world > 1:
+            parts = [{}] * self.world
+            dist.all_gather_object(parts, dict(found))
+        whole = {key: value for part in parts for key, value in part.items()}
+        return {key: whole[key] for key in order if key in whole}
+
+    def each(self, items: Sequence[Edge], work: Callable[[Edge], T]) -> Iterator[tuple[Edge, T]]:
+        """Each item, which begins with a model's name, and what `work` makes of it where that model lives."""
+        if self.world == 1:
+            yield from ((item, work(item)) for item in items)
+            return
+        found = self.together(lambda: {item: work(item) for item in items if self.holds(item[0])})
+        yield from self.union(found, items).items()
+
+    @contextmanager
+    def folder(self, path: Path) -> Iterator[Path]:
+        """`files.whole` of a folder in which every rank writes."""
+
+        def begin() -> Path:
+            scratch = stack.enter_context(files.whole(path))
+            scratch.mkdir()
+            return scratch
+
+        with ExitStack() as stack:
+            scratch, failed = self.told(begin), None
+            try:
+                yield scratch
+            except Exception as error:
+                failed = error
+
+            def end() -> None:
+                if failed is not None:
+                    raise failed
+
+            self.together(end)
+            self.together(stack.close)
+
+    # what one rank tells another
+
+    def exchange(
+        self,
+        edges: Sequence[Edge],
+        ask: Callable[[Edge], Any],
+        answer: Callable[[Edge, Any], Any],
+        device: torch.device,
+    ) -> Iterator[tuple[Edge, Any]]:
+        """Each edge (student, teacher, ...) whose student lives here, with what the teacher answers.
+
+        All ranks give the same edges in the same order. They ask, then answer side by side, then listen. Messages of a
+        pair of ranks arrive as they were sent, and no rank waits before it has said what others wait for.
+        """
+        if self.world == 1:
+            yield from ((edge, answer(edge, ask(edge))) for edge in edges)
+            return
+        sent: list[Any] = []
+        kept: dict[Edge, Any] = {}
+
+        def say(edge: Edge, what: Any, rank: int) -> None:
+            if rank == self.rank:
+                kept[edge] = what
+            else:
+                sent.extend(send(what, rank))
+
+        def hear(edge: Edge, rank: int) -> Any:
+            return kept.pop(edge) if rank == self.rank else receive(rank, device)
+
+        ends = [(edge, self.keeper(edge[0]), self.keeper(edge[1])) for edge in edges]
+        for edge, student, teacher in ends:
+            if student == self.rank:
+                say(edge, ask(edge), teacher)
+        for edge, student, teacher in ends:
+            if teacher == self.rank:
+                say(edge, answer(edge, hear(edge, student)), student)
+        for edge, student, teacher in ends:
+            if student == self.rank:
+                yield edge, hear(edge, teacher)
+        for work, _ in sent:
+            work.wait()
+
+    def bring(self, found: dict[str, T], names: Sequence[str], to: str) -> dict[str, T] | None:
+        """What each named branch has here or elsewhere, in host memory where `to` lives; None on the other ranks."""
+        target, brought = self.keeper(to), dict(found)
+        for name in names:
+            source = self.keeper(name)
+            if self.rank == source != target:
+                for work, _ in send(found[name], target):
+                    work.wait()
+            elif self.rank == target != source:
+                brought[name] = receive(source, torch.device("cpu"))
+        return {name: brought[name] for name in names} if self.rank == target else None
+
+
+def _portable(error: Exception | None) -> Exception | None:
+    """One that can be pickled and raised again."""
+    try:
+        return pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(str(error))
+
+
+class _Pickler(pickle.Pickler):
+    """Sets tensors aside, and leaves of a prompt what scoring reads."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file, protocol=5)
+        self.tensors: list[Tensor] = []
+        self.seen: dict[int, int] = {}
+
+    def persistent_id(self, value: Any) -> int | None:
+        if not isinstance(value, Tensor):
+            return None
+        if id(value) not in self.seen:
+            self.seen[id(value)] = len(self.tensors)
+            self.tensors.append(value)
+        return self.seen[id(value)]
+
+    def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, Prompt):
+            return Prompt, (value.task, value.index, "", value.input_ids, value.mm_token_type_ids, value.media)
+        return NotImplemented
+
+
+def send(what: Any, rank: int) -> list[tuple[Any, Tensor]]:
+    """Begins to send anything that pickles; what to wait for, each with the memory that must stay until then."""
+    file = io.BytesIO()
+    pickler = _Pickler(file)
+    pickler.dump(what)
+    tensors = [tensor.detach().contiguous().cpu() for tensor in pickler.tensors]
+    header = pickle.dumps((file.getvalue(), [(tensor.dtype, tensor.shape) for tensor in tensors]))
+    parts = [torch.tensor([len(header)]), torch.frombuffer(bytearray(header), dtype=torch.uint8)]
+    parts += [tensor.reshape(-1).view(torch.uint8) for tensor in tensors if tensor.numel()]
+    return [(dist.isend(part, rank), part) for part in parts]
+
+
+def receive(rank: int, device: torch.device) -> Any:
+    """What `rank` sends next, its tensors on `device`."""
+    size = torch.empty(1, dtype=torch.int64)
+    dist.recv(size, rank)
+    header = torch.empty(int(size), dtype=torch.uint8)
+    dist.recv(header, rank)
+    text, shapes = pickle.loads(header.numpy().tobytes())
+    tensors = []
+    for dtype, shape in shapes:
+        part = torch.empty(shape.numel() * dtype.itemsize, dtype=torch.uint8)
+        if len(part):
+            dist.recv(part, rank)
+        tensors.append(part.view(dtype).reshape(shape).to(device))
+    unpickler = pickle.Unpickler(io.BytesIO(text))
+    unpickler.persistent_load = tensors.__getitem__  # type: ignore[method-assign]  # as pickle documents it
+    return unpickler.load()
