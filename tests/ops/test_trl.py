@@ -3,7 +3,9 @@
 import copy
 import importlib.metadata as metadata
 import inspect
+import types
 import warnings
+from collections import defaultdict
 
 import pytest
 import torch
@@ -15,120 +17,81 @@ if tuple(map(int, metadata.version("trl").split(".")[:2])) < (1, 15):
     pytest.skip(f"trl {metadata.version('trl')} is older than 1.15", allow_module_level=True)
 
 from datasets import Dataset  # noqa: E402  # after the skip
-from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
+from trl.models.utils import _ForwardRedirection  # noqa: E402
+from trl.trainer.utils import add_fused_lm_head  # noqa: E402
+from trl_cases import (  # noqa: E402
+    COMMON,
+    FAMILIES,
+    V,
+    build,
+    distillation,
+    distillation_step,
+    gradient,
+    grpo,
+    grpo_step,
+    make_tokenizer,
+    relative,
+    rollouts,
+)
 
-from copd_kernels.trl import GKD, DistillationTrainer, GRPOTrainer, fuse  # noqa: E402
-
-V = 64
-FAMILIES = {"Qwen3": {}, "Llama": {}, "Gemma2": {"final_logit_softcapping": 3.0}, "Granite": {"logits_scaling": 4.0}}
-SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-SIZES |= {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": V, "pad_token_id": 0, "eos_token_id": 1}
-
-
-def build(family="Qwen3", seed=0):
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        config = getattr(transformers, f"{family}Config")(**SIZES | FAMILIES[family])
-        model = getattr(transformers, f"{family}ForCausalLM")(config)
-        for parameter in model.parameters():
-            nn.init.normal_(parameter, std=0.2)
-    return model
+from copd_kernels.trl import GKD, DistillationTrainer, GRPOTrainer, fuse, sequence  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    words = {"<pad>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, V)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+    return make_tokenizer()
 
 
-ROWS = Dataset.from_dict({"prompt": ["w2 w3 w4", "w5 w6"]})
-COMMON = {"report_to": [], "use_cpu": True, "bf16": False, "per_device_train_batch_size": 4, "max_completion_length": 5}
-COMMON |= {"logging_steps": 1}
-
-
-def grpo(tokenizer, tmp_path, cls=trl.GRPOTrainer, model=None, **options):
-    settings = {"num_generations": 2, "beta": 0.04, "temperature": 0.9} | options.pop("settings", {})
-    config = trl.GRPOConfig(str(tmp_path), **COMMON | settings)
-    model = model or build()
-    # TRL loads the reference model from where the model came from
-    model.save_pretrained(tmp_path / "base")
-    model.config._name_or_path = str(tmp_path / "base")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return cls(
-            model=model,
-            reward_funcs=lambda completions, **_: [float(len(c)) for c in completions],
-            args=config,
-            train_dataset=ROWS,
-            processing_class=tokenizer,
-            **options,
-        )
-
-
-def rollouts(B=4, P=3, C=5):
-    """A batch as generation makes it in TRL's trainers, with prompts and completions of any length."""
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(2, C + 1, (B,), generator=generator)
-    prompt_mask = torch.ones(B, P, dtype=torch.long)
-    prompt_mask[0, :1] = 0
-    return {
-        "prompt_ids": torch.randint(2, V, (B, P), generator=generator),
-        "prompt_mask": prompt_mask,
-        "completion_ids": torch.randint(2, V, (B, C), generator=generator),
-        "completion_mask": (torch.arange(C) < lengths[:, None]).long(),
-        "advantages": torch.randn(B, generator=generator),
-        "old_per_token_logps": None,
-        "num_items_in_batch": lengths.sum(),
-    }
-
-
-def gradient(model, loss):
-    model.zero_grad()
-    loss.backward()
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-
-
-def relative(ours, theirs):
-    return ((ours - theirs).norm() / theirs.norm()).item()
-
-
-def grpo_inputs(trainer, model):
-    inputs = rollouts()
-    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
-    mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
-    with torch.no_grad():
-        reference, _, _ = trainer._get_per_token_logps_and_entropies(model, ids, mask, 5)
-    return inputs | {"ref_per_token_logps": reference + 0.1}
-
-
-def grpo_step(trainer):
-    trainer.current_gradient_accumulation_steps = 1
-    trainer.model.train()
-    loss = trainer._compute_loss(trainer.model, grpo_inputs(trainer, trainer.model))
-    return loss.detach(), gradient(trainer.model, loss)
+ASKED = ("log_probs", "entropy", "is_top1", "mean_logits", "log_sum_sq_probs")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_fused_model_returns_is_trls(family):
+    found = []
+    inputs = rollouts(images=family == "Qwen3VL")
+    batch, mask, _ = sequence(inputs)
+    labels = batch["input_ids"].clone()
+    labels[:, : inputs["prompt_ids"].shape[1]] = -100
+    labels[:, -mask.shape[1] :][~mask] = -100
+    with torch.no_grad():  # the second row's are what the model would say
+        labels[1, 1:] = torch.where(labels[1, 1:] == -100, -100, build(family)(**batch).logits[1, :-1].argmax(-1))
+    for fused in (True, False):
+        model = build(family).train()
+        add_fused_lm_head(model, temperature=0.9, outputs=ASKED)
+        if fused:
+            fuse(types.SimpleNamespace(model=model))
+        out = model(**batch, labels=labels, fused_lm_head=True)
+        weigh = torch.linspace(0.5, 1.5, labels[:, 1:].numel()).view(labels[:, 1:].shape)
+        loss = out.loss + (weigh * (out.log_probs - out.entropy)).mean()
+        found.append([*(getattr(out, name).float() for name in ("loss", *ASKED)), gradient(model, loss)])
+        assert out.is_top1[1].any()
+        assert (out.label_mask == (labels[:, 1:] != -100)).all()
+    for name, x, y in zip(("loss", *ASKED, "gradient"), *found, strict=True):
+        assert relative(x, y) < 1e-6, name
+
+
+@pytest.mark.parametrize("family", ["Qwen3", "Gemma2"])
 def test_a_fused_trainer_has_trls_loss_and_gradient(tokenizer, tmp_path, family):
     theirs, ours = grpo(tokenizer, tmp_path, model=build(family)), grpo(tokenizer, tmp_path, model=build(family))
     assert fuse(ours) is ours
     (loss, grad), (want, want_grad) = grpo_step(ours), grpo_step(theirs)
-    torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
-    assert relative(grad, want_grad) < 1e-5
+    assert abs(loss - want) < 1e-6
+    assert relative(grad, want_grad) < 1e-6
     entropies = [trainer._metrics["train"]["entropy"][-1] for trainer in (ours, theirs)]
-    assert entropies[0] == pytest.approx(entropies[1], rel=1e-5)
+    assert entropies[0] == pytest.approx(entropies[1], rel=1e-6)
 
 
 def test_a_fused_trainer_trains_generates_and_keeps_trls_curve(tokenizer, tmp_path):
+    peft = pytest.importorskip("peft")
     curves = []
     for make in (fuse, lambda trainer: trainer):
-        settings = {"max_steps": 2, "learning_rate": 1e-2, "seed": 3}
-        trainer = make(grpo(tokenizer, tmp_path, settings=settings))
+        settings = {"max_steps": 2, "learning_rate": 1e-2, "seed": 3, "gradient_checkpointing": True}
+        settings |= {"gradient_accumulation_steps": 2, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+        lora = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+        trainer = make(grpo(tokenizer, tmp_path, settings=settings, peft_config=lora))
         trainer.train()
         curves.append([(r["loss"], r["grad_norm"]) for r in trainer.state.log_history if "loss" in r])
-    torch.testing.assert_close(torch.tensor(curves[0]), torch.tensor(curves[1]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.tensor(curves[0]), torch.tensor(curves[1]), rtol=1e-5, atol=1e-6)
 
 
 def test_lora_is_fused_under_its_wrapper(tokenizer, tmp_path):
@@ -140,8 +103,81 @@ def test_lora_is_fused_under_its_wrapper(tokenizer, tmp_path):
             if "lora_" in name:
                 nn.init.constant_(parameter, 0.05)
     (loss, grad), (want, want_grad) = grpo_step(fuse(ours)), grpo_step(theirs)
-    torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
-    assert relative(grad, want_grad) < 1e-5
+    assert abs(loss - want) < 1e-6
+    assert relative(grad, want_grad) < 1e-6
+
+
+CHAT = [f"w{i} w{i + 1}" for i in range(2, 10)]
+SUPERVISED = {
+    "SFT": ("SFTConfig", {"text": CHAT}, {}),
+    "SFT, weighed by probability": ("SFTConfig", {"text": CHAT}, {"loss_type": "dft"}),
+    "DPO": ("DPOConfig", {"prompt": ["w5"] * 8, "chosen": CHAT, "rejected": CHAT[::-1]}, {}),
+    "WPO": ("DPOConfig", {"prompt": ["w5"] * 8, "chosen": CHAT, "rejected": CHAT[::-1]}, {"use_weighting": True}),
+    "KTO": ("KTOConfig", {"prompt": ["w5"] * 8, "completion": CHAT, "label": [True, False] * 4}, {}),
+}
+
+
+@pytest.mark.parametrize("kind", SUPERVISED)
+def test_supervised_and_preference_losses_and_their_metrics_are_trls(tokenizer, tmp_path, kind):
+    config, columns, options = SUPERVISED[kind]
+    found = []
+    for make in (fuse, lambda trainer: trainer):
+        args = {"report_to": [], "use_cpu": True, "bf16": False, "per_device_train_batch_size": 4, **options}
+        # TRL loads the reference model from where the model came from
+        model = build()
+        model.save_pretrained(tmp_path / "base")
+        model.config._name_or_path = str(tmp_path / "base")
+        cls = getattr(trl, config.replace("Config", "Trainer"))
+        data = Dataset.from_dict(columns)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            args = getattr(trl, config)(str(tmp_path), **args)
+            trainer = make(cls(model, args=args, train_dataset=data, processing_class=tokenizer))
+            batch = next(iter(trainer.get_train_dataloader()))
+            with torch.no_grad():  # or policy and reference are one, and rewards nothing
+                trainer.model.lm_head.weight.mul_(1.3)
+            trainer.model.train()
+            loss = trainer.compute_loss(trainer.model, batch)
+        metrics = {name: torch.tensor(value) for name, value in trainer._metrics["train"].items()}
+        found.append((loss.detach(), gradient(trainer.model, loss), metrics))
+    (loss, grad, metrics), (want, want_grad, want_metrics) = found
+    assert abs(loss - want) <= 1e-6 * abs(want)
+    assert relative(grad, want_grad) < 1e-6
+    torch.testing.assert_close(metrics, want_metrics, rtol=1e-5, atol=1e-6)
+    assert {"entropy", "loss", "mean_token_accuracy", "logits/chosen"} & set(metrics)
+
+
+def test_async_grpo_is_trls(tokenizer):
+    async_grpo = pytest.importorskip("trl.experimental.async_grpo")
+    found = []
+    for fused in (True, False):
+        # built without its rollout server, of which the loss knows nothing
+        trainer = async_grpo.AsyncGRPOTrainer.__new__(async_grpo.AsyncGRPOTrainer)
+        trainer.model, trainer.aux_loss_enabled, trainer.args = build().train(), False, trl.GRPOConfig(use_cpu=True)
+        trainer.epsilon_low = trainer.epsilon_high = 0.2
+        trainer.accelerator = types.SimpleNamespace(num_processes=1, reduce=lambda x, reduction: x, gather=lambda x: x)
+        counted = ("forward_tokens", "trained_tokens", "seq_len_weighted", "samples", "forward_s")
+        vars(trainer).update({f"_step_{name}": 0 for name in counted})
+        trainer.current_gradient_accumulation_steps, trainer._metrics = 1, {"train": defaultdict(list)}
+        add_fused_lm_head(trainer.model, temperature=0.8, outputs=("log_probs", "entropy"))
+        if fused:
+            fuse(trainer)
+        ids = torch.randint(2, V, (1, 9), generator=torch.Generator().manual_seed(0))
+        shifted = torch.full((1, 9), -100)
+        shifted[0, 3:8] = ids[0, 4:]
+        none = torch.full((1, 1), -1)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": torch.arange(9)[None]}
+        inputs |= {"shift_labels": shifted, "token_index": torch.arange(3, 8)[None], "tree_kv_index": none}
+        inputs |= {"tree_cu_seqlens_q": none, "tree_cu_seqlens_k": none, "tree_max_seqlens": torch.ones(1, 2).long()}
+        inputs |= {"old_log_probs": torch.full((1, 5), -4.0), "advantages": torch.linspace(-1, 1, 5)[None]}
+        inputs |= {"segment_id": torch.zeros(1, 5, dtype=torch.long), "global_n_tokens": torch.tensor([5.0])}
+        inputs |= {"global_n_forward_tokens": torch.tensor([9.0]), "mean_seq_len": torch.tensor([9.0])}
+        loss = async_grpo.AsyncGRPOTrainer.compute_loss(trainer, trainer.model, inputs)
+        found.append((loss.detach(), trainer._metrics["train"]["entropy"][0], gradient(trainer.model, loss)))
+    (loss, entropy, grad), (want, want_entropy, want_grad) = found
+    assert abs(loss - want) < 1e-6 * abs(want)
+    assert entropy == pytest.approx(want_entropy, rel=1e-6)
+    assert relative(grad, want_grad) < 1e-6
 
 
 def test_live_teachers_add_their_kl_to_the_same_forward(tokenizer, tmp_path):
@@ -166,25 +202,13 @@ def test_live_teachers_add_their_kl_to_the_same_forward(tokenizer, tmp_path):
     assert all(p.grad is None for teacher in teachers for p in teacher.parameters())
 
 
-def distillation(tokenizer, tmp_path, teacher, cls, beta, **options):
-    config = trl.DistillationConfig(str(tmp_path), **COMMON, beta=beta, temperature=0.9)
-    rows = Dataset.from_dict({"prompt": ["w2 w3", "w4"]})
-    return cls(build(), teacher, config, train_dataset=rows, processing_class=tokenizer, **options)
-
-
-def distillation_step(trainer):
-    trainer.model.train()
-    loss, entropy, count = trainer._compute_loss(trainer.model, rollouts(), None)
-    return loss.detach(), gradient(trainer.model, loss), entropy, count
-
-
 @pytest.mark.parametrize("beta", [0.0, 1.0, 0.3])
 def test_one_teacher_distils_as_trls_does(tokenizer, tmp_path, beta):
     ours = distillation(tokenizer, tmp_path, build(seed=1), DistillationTrainer, beta)
     theirs = distillation(tokenizer, tmp_path, build(seed=1), trl.DistillationTrainer, beta)
     (loss, grad, *rest), (want, want_grad, *want_rest) = distillation_step(ours), distillation_step(theirs)
-    torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
-    assert relative(grad, want_grad) < 1e-5
+    assert abs(loss - want) < 1e-6
+    assert relative(grad, want_grad) < 1e-6
     for ours, theirs in zip(rest, want_rest, strict=True):
         torch.testing.assert_close(ours.float(), theirs.float(), rtol=1e-5, atol=1e-5)
 
@@ -201,40 +225,115 @@ def test_several_teachers_are_the_weighted_mean_of_trls_losses(tokenizer, tmp_pa
     assert relative(grad, sum(w * step[1] for w, step in zip(weights, alone, strict=True))) < 1e-5
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
-def test_gkd_is_trls(tokenizer, tmp_path, beta):
-    gkd = pytest.importorskip("trl.experimental.gkd")
+def test_images_are_distilled_as_trls_are():
+    found = []
+    for cls in (DistillationTrainer, trl.DistillationTrainer):
+        # built without a processor, of which the loss knows nothing
+        trainer = cls.__new__(cls)
+        trainer.model, trainer.teacher_model = build("Qwen3VL").train(), build("Qwen3VL", seed=1).eval()
+        trainer.teachers, trainer.teacher_weights, trainer.beta, trainer.temperature = (
+            [trainer.teacher_model],
+            None,
+            0.5,
+            1,
+        )
+        trainer._is_vlm, trainer.model_kwarg_keys, trainer.args = (
+            True,
+            {"logits_to_keep"},
+            trl.DistillationConfig(use_cpu=True),
+        )
+        trainer._forward_redirection = _ForwardRedirection()
+        trainer.accelerator = types.SimpleNamespace(unwrap_model=lambda model: model, is_main_process=False)
+        found.append(distillation_step(trainer, images=True))
+    for x, y in zip(*found, strict=True):
+        assert relative(x.float(), y.float()) < 1e-6
 
-    class Trainer(GKD, gkd.GKDTrainer):
+
+def test_each_row_learns_from_the_teacher_that_its_column_names(tokenizer, tmp_path):
+    teachers = {"math": build(seed=1), "code": build(seed=2), "law": build(seed=3)}
+    ours = distillation(tokenizer, tmp_path, teachers, DistillationTrainer, 0.3, route="domain")
+    read, seen = {name: [] for name in teachers}, ["code", "math", "code", "math"]
+    for name, teacher in teachers.items():
+        teacher.register_forward_pre_hook(lambda m, a, kw, n=name: read[n].append(kw), with_kwargs=True)
+    index = torch.tensor([list(teachers).index(name) for name in seen])
+    loss, grad, _, count = distillation_step(ours, teacher_index=index)
+    # once to compare the head, then on its own rows; who has none reads one, for other ranks wait for it
+    assert [len(read[name][-1]["input_ids"]) for name in teachers] == [2, 2, 1]
+    want, want_grad = 0, 0
+    for name in ("math", "code"):
+        alone = distillation(tokenizer, tmp_path, teachers[name], trl.DistillationTrainer, 0.3)
+        rows = torch.tensor([other == name for other in seen])
+        value, gradient_of, *_ = distillation_step(alone, rows=rows)
+        share = rollouts()["completion_mask"][rows].sum() / count
+        want, want_grad = want + share * value, want_grad + share * gradient_of
+    assert abs(loss - want) < 1e-6
+    assert relative(grad, want_grad) < 1e-6
+
+
+def test_a_routed_trainer_trains_on_its_column_and_logs_each_teacher(tokenizer, tmp_path):
+    rows = {"prompt": ["w2 w3", "w4"] * 4, "domain": ["b", "a"] * 4}
+    options = {"route": "domain", "rows": rows}
+    settings = {"max_steps": 2, "gradient_accumulation_steps": 2, "gradient_checkpointing": True}
+    teachers = {"a": build(seed=1), "b": build(seed=2)}
+    trainer = distillation(tokenizer, tmp_path, teachers, DistillationTrainer, 1.0, settings=settings, **options)
+    trainer.train()
+    logged = [r for r in trainer.state.log_history if "teacher_kl/a" in r]
+    assert len(logged) == 2
+    assert all(r["teacher_kl/a"] > 0 and r["teacher_kl/b"] > 0 for r in logged)
+
+
+def test_a_column_names_a_teacher(tokenizer, tmp_path):
+    rows = {"prompt": ["w2 w3", "w4"] * 4, "domain": ["b", "c"] * 4}
+    teachers, options = {"a": build(seed=1), "b": build(seed=2)}, {"route": "domain", "rows": rows}
+    trainer = distillation(
+        tokenizer, tmp_path, teachers, DistillationTrainer, 1.0, settings={"max_steps": 1}, **options
+    )
+    with pytest.raises(ValueError, match=r"DistillationTrainer: domain must be one of \['a', 'b'\]; got 'c'"):
+        trainer.train()
+    with pytest.raises(ValueError, match="teacher_weights must be omitted with route"):
+        distillation(tokenizer, tmp_path, teachers, DistillationTrainer, 1.0, teacher_weights=[0.5, 0.5], **options)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(("name", "temperature"), [("GKD", 1.0), ("GOLD", 0.7)])
+def test_gkd_and_gold_are_trls(tokenizer, tmp_path, name, temperature, beta):
+    module = pytest.importorskip(f"trl.experimental.{name.lower()}")
+    own, config = getattr(module, f"{name}Trainer"), getattr(module, f"{name}Config")
+
+    class Theirs(own):
+        _prepare_dataset = staticmethod(lambda data, *_: data)  # GOLD's wants a tokenizer of bytes
+
+    class Ours(GKD, Theirs):
         pass
 
-    rows = Dataset.from_dict(
-        {"messages": [[{"role": "user", "content": "w2"}, {"role": "assistant", "content": "w3"}]]}
-    )
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    turns = [{"role": "user", "content": "w2"}, {"role": "assistant", "content": "w3"}]
     args = {k: v for k, v in COMMON.items() if k != "max_completion_length"}
+    ids = torch.randint(2, V, (3, 8), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[:, :4] = -100
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "prompts": ids[:, :4]}
     found = []
-    for cls in (Trainer, gkd.GKDTrainer):
-        config = gkd.GKDConfig(str(tmp_path), **args, beta=beta, temperature=1.0)
+    for cls in (Ours, Theirs):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            trainer = cls(build(), build(seed=1), config, train_dataset=rows, processing_class=tokenizer)
-        ids = torch.randint(2, V, (3, 8), generator=torch.Generator().manual_seed(0))
-        labels = ids.clone()
-        labels[:, :4] = -100
-        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "prompts": ids[:, :4]}
+            settings = config(str(tmp_path), **args, beta=beta, temperature=temperature)
+            data = Dataset.from_dict({"messages": [turns]})
+            trainer = cls(build(), build("Gemma2", seed=1), settings, train_dataset=data, processing_class=tokenizer)
         trainer.model.train()
         loss = trainer.compute_loss(trainer.model, batch)
         found.append((loss.detach(), gradient(trainer.model, loss)))
-    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=1e-6)
-    assert relative(found[0][1], found[1][1]) < 1e-5
+    for x, y in zip(*found, strict=True):
+        assert relative(x, y) < 1e-6
 
 
 def test_a_trainer_that_needs_more_is_refused():
     class Other:
         pass
 
-    with pytest.raises(ValueError, match="fuse: trainer must be a GRPO or RLOO trainer; got Other; use through_head"):
+    with pytest.raises(ValueError, match="fuse: trainer must have a model; got Other"):
+        fuse(Other())
+    Other.model = build()
+    with pytest.raises(ValueError, match="fuse: trainer must have added trl's fused lm_head to its model; got Other"):
         fuse(Other())
 
 
