@@ -32,7 +32,7 @@ from transformers.pytorch_utils import Conv1D
 from copd import files
 from copd.config import Config
 from copd.settings import AdapterConfig, ModelConfig
-from copd.weights import base_name
+from copd.weights import base_name, vision_of
 
 LINEAR = (nn.Linear, Conv1D)
 ADAPTABLE = (*LINEAR, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -50,8 +50,7 @@ def lora_config(model: PreTrainedModel, cfg: ModelConfig) -> LoraConfig:
     adapter, head = cfg.adapter or AdapterConfig(), model.get_output_embeddings()
     inputs = model.get_input_embeddings()
     tied = head is not None and head.weight is inputs.weight
-    vision = getattr(getattr(model, "model", None), "visual", None) if cfg.freeze_vision else None
-    frozen = set() if vision is None else set(vision.modules())
+    frozen = {module for part in vision_of(model) for module in part.modules()} if cfg.freeze_vision else set()
     modules = {name: module for name, module in model.named_modules() if module not in frozen}
 
     def matching(setting: str, names: list[str]) -> list[str]:

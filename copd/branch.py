@@ -26,7 +26,7 @@ from copd.model import hidden_states
 from copd.rlvr import advantages, token_weights
 from copd.rollout import Rollout, rewards, seed_of, special_tokens
 from copd.task import Prompt, Task
-from copd.weights import Weights, Whole
+from copd.weights import Weights, Whole, vision_of
 from copd_kernels import Head, logprob
 from copd_kernels.top import top_k
 
@@ -51,8 +51,8 @@ class Branch:
         self.processor, self.special = processor, special_tokens(model, processor)
         self.updates = 0  # optimiser steps of this process
         self.frozen: Weights | None = None  # those of the phase's start, for `opd.teacher: phase_start`
-        if cfg.model.freeze_vision and hasattr(getattr(model, "model", None), "visual"):
-            model.model.visual.requires_grad_(False)
+        for part in vision_of(model) if cfg.model.freeze_vision else []:
+            part.requires_grad_(False)
         if cfg.model.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model.to("cpu" if cfg.offload else device)  # type: ignore[arg-type]  # transformers wraps `to`

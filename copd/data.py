@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 from transformers.video_utils import VideoMetadata
 
 from copd import rewards
@@ -189,14 +190,16 @@ class FileTask:
         else:
             inputs = dict(self.processor(text=[text], return_tensors="pt", **media))
         input_ids = inputs.pop("input_ids")[0].tolist()
-        kinds = inputs.pop("mm_token_type_ids", None)
+        kinds = inputs.pop("mm_token_type_ids", inputs.pop("token_type_ids", None))
         return Prompt(
             task=self.name,
             index=index if split == "train" else -1 - index,
             text=text,
             input_ids=input_ids,
             mm_token_type_ids=[0] * len(input_ids) if kinds is None else kinds[0].tolist(),
-            media={key: value for key, value in inputs.items() if key not in ("attention_mask", "token_type_ids")},
+            media={
+                name: value for name, value in inputs.items() if name != "attention_mask" and isinstance(value, Tensor)
+            },
             columns={k: v for k, v in row.items() if k not in (column, *MEDIA_COLUMNS)},
             images=[_thumbnail(image) for image in images + frames],
         )

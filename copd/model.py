@@ -1,8 +1,8 @@
 """The policy: loading it, and running it from token ids to hidden states.
 
-`Sequences` is what every forward pass reads: prompts, and the completions that follow them. Images and videos are
-encoded once a prompt and shared by its rows, in sampling and in training alike. Nothing here touches `lm_head`:
-`copd_kernels` does.
+`Sequences` is what every forward pass reads: prompts, and the completions that follow them. A model runs its own
+forward; images and videos of a Qwen3-VL are encoded once a prompt, and shared by its rows. Nothing here touches
+`lm_head`: `copd_kernels` does.
 
 B rows, L positions, D hidden size.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 import copd_kernels
@@ -24,7 +24,7 @@ from copd.processor import load_processor, read_config
 from copd.settings import ModelConfig
 from copd.task import Prompt
 
-# pixels and grid as the processor names them, and the id of the placeholder in the model's config
+# of Qwen-VL: pixels and grid as the processor names them, and the id of the placeholder in the model's config
 MEDIA = (
     ("pixel_values", "image_grid_thw", "image_token_id"),
     ("pixel_values_videos", "video_grid_thw", "video_token_id"),
@@ -54,10 +54,11 @@ def load_saved(path: str | Path, **options: Any) -> tuple[PreTrainedModel, Any]:
     if quantized := getattr(config, "quantization_config", None):
         method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
         raise ValueError(f"model: path must hold weights that are not quantised; got {method} in {path}")
-    multimodal = hasattr(config, "vision_config")
-    if multimodal and not config.model_type.startswith("qwen3_vl"):
-        raise ValueError(f"model: path must be a Qwen3-VL or a text-only model; got {config.model_type!r} in {path}")
-    auto = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
+    auto = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+    crossed = getattr(config.get_text_config(), "cross_attention_layers", None)
+    if config.is_encoder_decoder or crossed or type(config) not in auto._model_mapping:
+        rule = "model: path must hold a decoder that reads tokens, with images in place of some of them or without"
+        raise ValueError(f"{rule}; got {config.model_type!r} in {path}")
     return auto.from_pretrained(path, dtype=torch.float32, **options), load_processor(str(path))
 
 
@@ -101,6 +102,8 @@ class Sequences:
     """(3, B, L) int64: time, height, width of multimodal RoPE"""
     completion: Tensor
     """(B, L) bool, the tokens after the prompts"""
+    kinds: Tensor
+    """(B, L) int32: 0 text, 1 image, 2 video, as the processor told"""
 
     def predicting(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden states (N, D) that predict the completions' N tokens, row after row, and those tokens (N,)."""
@@ -126,38 +129,59 @@ def collate(
     input_ids = torch.full((len(rows), length), pad)
     input_ids[inside] = torch.tensor([token for row in rows for token in row])
     mask = inside.long() if left and not inside.all() else None
-    if any(prompt.media for prompt in prompts):
-        kinds = torch.zeros_like(input_ids, dtype=torch.int32)
-        kinds[inside & (place < starts)] = torch.tensor(
-            [kind for prompt in prompts for kind in prompt.mm_token_type_ids], dtype=torch.int32
-        )
-        grids = {grid: [p.media[grid] for p in prompts if grid in p.media] for _, grid, _ in MEDIA}
-        positions, _ = model.model.get_rope_index(
-            input_ids,
-            mm_token_type_ids=kinds,
-            attention_mask=mask,
-            **{name: torch.cat(parts) for name, parts in grids.items() if parts},
-        )
+    kinds = torch.zeros_like(input_ids, dtype=torch.int32)
+    kinds[inside & (place < starts)] = torch.tensor(
+        [kind for prompt in prompts for kind in prompt.mm_token_type_ids], dtype=torch.int32
+    )
+    index = getattr(getattr(model, "model", None), "get_rope_index", None)
+    if index is not None and any(prompt.media for prompt in prompts):
+        reads = signature(index).parameters
+        media = {name: value for name, value in media_of(prompts).items() if name in reads}
+        positions, _ = index(input_ids, mm_token_type_ids=kinds, attention_mask=mask, **media)
     else:
         positions = place.clamp(min=0).expand(3, -1, -1)
     device, completion = model.device, inside & (place >= starts)
     mask = None if mask is None else mask.to(device)
-    return Sequences(prompts, input_ids.to(device), mask, positions.to(device), completion.to(device))
+    after = (part.to(device) for part in (positions, completion, kinds))
+    return Sequences(prompts, input_ids.to(device), mask, *after)
+
+
+def media_of(prompts: list[Prompt]) -> dict[str, Tensor]:
+    """Media of all rows, one after the other, as one forward reads them; filled up with zeros to one size."""
+    names = dict.fromkeys(name for prompt in prompts for name in prompt.media)
+    found = {}
+    for name in names:
+        parts = [prompt.media[name] for prompt in prompts if name in prompt.media]
+        size = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
+        filled = []
+        for part in parts:
+            behind = [count for want, have in zip(size, part.shape[1:], strict=True) for count in (want - have, 0)]
+            filled.append(nn.functional.pad(part, behind[::-1]) if any(behind) else part)
+        found[name] = torch.cat(filled)
+    return found
 
 
 def hidden_states(model: PreTrainedModel, batch: Sequences, cache: Any = None) -> Tensor:
     """Last hidden states (B, L, D) after the final norm. With `cache`, keys and values are appended to it."""
-    multimodal = hasattr(model.config, "vision_config")
-    text = model.model.language_model if multimodal else model
+    once = model.config.model_type.startswith("qwen3_vl")  # its media are encoded once a prompt
+    runs = model.model.language_model if once else model
+    reads = signature(runs.forward).parameters
     # transformers below 5.40 knows it by this name, newer ones by that
-    named = "cache" if "cache" in signature(text.forward).parameters else "past_key_values"
+    named = "cache" if "cache" in reads else "past_key_values"
     extra = {named: cache, "use_cache": cache is not None}
     mask = batch.attention_mask
-    if not multimodal:
+    if not once:
+        rope = hasattr(getattr(model, "model", None), "get_rope_index")
+        media = media_of(batch.prompts) | {"mm_token_type_ids": batch.kinds, "token_type_ids": batch.kinds}
+        if hasattr(model.config, "vision_config"):
+            extra |= {name: value.to(model.device) for name, value in media.items() if name in reads}
         # the model's own forward, whatever it calls its layers and does between them
         with copd_kernels.hidden_states(model):
-            hidden: Tensor = text(
-                input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids[0], **extra
+            hidden: Tensor = model(
+                input_ids=batch.input_ids,
+                attention_mask=mask,
+                position_ids=batch.position_ids if rope else batch.position_ids[0],
+                **extra,
             ).logits
             return hidden
     # embeddings; then deepstack, features of early vision layers that the first language layers add where media are
@@ -173,7 +197,7 @@ def hidden_states(model: PreTrainedModel, batch: Sequences, cache: Any = None) -
             ]
             visual = visual | where
     embeds, *deepstack = layers
-    return text(
+    return runs(
         inputs_embeds=embeds,
         attention_mask=mask,
         position_ids=batch.position_ids,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -113,8 +114,10 @@ def special_tokens(model: PreTrainedModel, processor: Any) -> Special:
     configured = model.generation_config.eos_token_id if model.generation_config else None
     ends = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
     eos = sorted(ends - {None})
-    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    media = [getattr(model.config, name) for name in names if getattr(model.config, name, None) is not None]
+    # image_token_id, video_token_id, vision_start_token_id, boi_token_index and the like
+    named = re.compile(r"(image|video|vision|boi|eoi|audio)_.*(id|index)$")
+    words, known = range(model.get_output_embeddings().weight.shape[0]), model.config.to_dict().items()
+    media = sorted({value for name, value in known if named.match(name) and value in words})
     # padding is masked: without a token of its own, any will do
     return Special(eos, next(i for i in (tokenizer.pad_token_id, *eos, 0) if i is not None), media)
 
@@ -227,7 +230,8 @@ def _decode(
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         positions = position[:, None].expand(3, -1, -1)
-        step = Sequences([], token[:, None], mask, positions, torch.ones_like(token[:, None], dtype=torch.bool))
+        new = token[:, None]
+        step = Sequences([], new, mask, positions, torch.ones_like(new, dtype=torch.bool), torch.zeros_like(new).int())
         last = hidden_states(model, step, cache)[:, -1]
 
 

@@ -22,7 +22,7 @@ from copd.config import Config
 from copd.model import MEDIA
 from copd.rollout import Rollout, Special, seed_of
 from copd.task import Prompt
-from copd.weights import Weights, Whole, base_name
+from copd.weights import Weights, Whole, base_name, vision_of
 
 logger = logging.getLogger("copd")
 ONE_ADAPTER = 1
@@ -137,8 +137,9 @@ class VLLM:
 
         assert isinstance(weights, Adapter)
         odd = list(weights.saved_modules())
+        vision = {module for part in vision_of(weights.model) for module in part.modules()}
         for name, layer in weights.layers().items():
-            if ".visual." in name or not isinstance(layer.get_base_layer(), nn.Linear):
+            if layer in vision or not isinstance(layer.get_base_layer(), nn.Linear):
                 odd.append(name)
         if odd:
             rule = "rollout: engine vllm must have adapters of linear layers of the language model alone"

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Parameter
 from transformers import PreTrainedModel
 
@@ -73,6 +73,14 @@ class Whole:
             self.model.save_pretrained(folder)
         finally:
             del self.model.should_save_on_this_rank
+
+
+def vision_of(model: PreTrainedModel) -> list[nn.Module]:
+    """What makes embeddings of pixels: all parts of a vision model but the language model."""
+    if not hasattr(model.config, "vision_config"):
+        return []
+    decoder = model.get_decoder()
+    return [part for part in model.model.children() if part is not decoder]
 
 
 def base_name(name: str) -> str | None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from copd_cases import CPU, TASKS, cross_batch, make_branch, make_config, run
+from transformers import AutoConfig
 
 from copd import rollout as rollout_module
 from copd.branch import Branch
@@ -396,11 +397,10 @@ def test_a_completion_without_reward_has_no_advantage_and_does_not_touch_the_oth
     torch.testing.assert_close(advantages(reward, RLVRConfig()), torch.cat([known, torch.zeros(1, 1)], 1))
 
 
-def test_other_vision_models_are_refused(tmp_path):
-    from transformers import LlavaConfig
-
-    LlavaConfig().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="model: path must be a Qwen3-VL or a text-only model; got 'llava'"):
+@pytest.mark.parametrize("kind", ["t5", "mllama", "clip", "florence2"])
+def test_a_model_that_does_not_read_tokens_alone_is_refused(tmp_path, kind):
+    AutoConfig.for_model(kind).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"model: path must hold a decoder that reads tokens.*; got '{kind}' in"):
         load_saved(tmp_path)
 
 
