@@ -14,7 +14,7 @@ from pathlib import Path
 import transformers
 from safetensors import SafetensorError
 
-from copd import engine, evaluate, files, schema, train
+from copd import engine, evaluate, files, ranks, schema, train
 from copd.branch import Branch, NonFiniteLoss
 from copd.lab import report, study, suite
 from copd.lab.config import LabConfig
@@ -32,9 +32,13 @@ def run_train(args: argparse.Namespace, cfg: LabConfig) -> None:
         print(schema.dump(cfg), end="")
         check(cfg)
         return
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    first = ranks.number() == 0
+    prefix = "" if first else f"rank {ranks.number()}: "
+    logging.basicConfig(level=logging.INFO if first else logging.WARNING, format=f"{prefix}%(message)s")
     transformers.utils.logging.disable_progress_bar()
     results = train.run(cfg, start)
+    if not first:
+        return
     report.write(cfg.run_dir)
     for name, domains in results["final"].items():
         print(f"{name:>10}  " + "  ".join(f"{domain} {suite.value(record):.3f}" for domain, record in domains.items()))

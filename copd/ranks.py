@@ -33,6 +33,11 @@ Edge = TypeVar("Edge", bound=tuple[Any, ...])
 KEEPERS = ("merged", "consolidated")
 
 
+def number() -> int:
+    """This process's rank, as `torchrun` says; 0 where it started none."""
+    return int(os.environ.get("RANK", 0))
+
+
 @contextmanager
 def joined(cfg: Config) -> Iterator[None]:
     """The process group of `torchrun`, where it started this process and nobody has joined yet."""

@@ -40,17 +40,18 @@ def plain(results):
     return json.loads(json.dumps(results), object_hook=lambda record: {k: v for k, v in record.items() if k != "time"})
 
 
-def told(folder):
-    """What a run left: every logged number, all weights, the names of all files."""
+def told(folder, kept):
+    """What a run left: every logged number, all weights, the names of all files but those that one of two kept."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     records = [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
-    files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+    paths = (path.relative_to(folder) for path in folder.rglob("*"))
+    files = sorted(str(path) for path in paths if path.parts[0] != kept)
     weights = {str(path.relative_to(folder)): load_file(path) for path in folder.rglob("*.safetensors")}
     return records, files, weights
 
 
-def assert_same_runs(ours, theirs):
-    (records, files, weights), (other_records, other_files, other_weights) = told(ours), told(theirs)
+def assert_same_runs(ours, theirs, kept=""):
+    (records, files, weights), (other_records, other_files, other_weights) = told(ours, kept), told(theirs, kept)
     assert records == other_records
     assert files == other_files
     for path, state in weights.items():
