@@ -78,7 +78,7 @@ class Shard:
 
     def total(self, x: Tensor) -> Tensor:
         """The sum over ranks, in their order."""
-        return self.gather(x).sum(0)
+        return self.gather(x).sum(0) if self.split else x
 
     def add_up(self, x: Tensor) -> Tensor:
         """x, which becomes the sum over ranks; identical on all of them, as every collective leaves it."""
@@ -99,8 +99,14 @@ class Shard:
 
     def merged(self, *sides: Side) -> list[Side]:
         """Statistics of my columns become those of whole rows."""
+        if not self.split:
+            return list(sides)
         parts = self.exchange(*(x for side in sides for x in side))
         return [merge(Side(*parts[i : i + 5])).distribution() for i in range(0, len(parts), 5)]
+
+    def in_columns(self, side: Side) -> Side:
+        """Its top tokens counted from my first column."""
+        return side._replace(top=side.top - self.first) if self.split else side
 
     def chosen(self, side: Side, logits: Tensor, tokens: Tensor) -> tuple[Side, Tensor]:
         """Statistics of whole rows beside no other, and the logit (R,) of each row's token."""

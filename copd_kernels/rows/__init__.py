@@ -40,7 +40,7 @@ DEFAULTS = {"cuda": ("triton", "torch"), "cpu": ("native", "torch")}
 
 
 # those that can pause between statistics and gradient, while ranks that share a vocabulary exchange them
-STAGED = ("torch",)
+STAGED = ("torch", "triton")
 
 
 def resolve(op: str, backend: str | None, device: Device, split: bool = False) -> str:

@@ -62,7 +62,7 @@ class Side(NamedTuple):
 
 
 class Row(NamedTuple):
-    """Statistics of whole rows as the stages of `split` read them, `student.top` a column."""
+    """Statistics of whole rows as the stages of `split` read them; `student.top` counts columns."""
 
     student: Side
     teacher: Side

@@ -15,6 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..shard import WHOLE
 from .kernels import (
     _jsd_sums_kernel,
     _kl_grad_kernel,
@@ -23,7 +24,8 @@ from .kernels import (
     _softcap_kernel,
 )
 from .lanes import _kl_stats_kernel, _logprob_stats_kernel
-from .stats import Side, divergence_from, kl_gradient, log_mix, logprob_at_top, merge, norm_gap
+from .split import in_stages
+from .stats import KLGradient, Row, Side, divergence_from, logprob_at_top, merge
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -100,6 +102,7 @@ def logprob_grad(
     )
 
 
+@on_its_device
 def sides(z: Tensor, student: int, teachers: list[int]) -> tuple[Side, Side]:
     """The student beside each teacher and each teacher beside the student, (T, R)."""
     _, R, V = z.shape
@@ -126,6 +129,80 @@ def sides(z: Tensor, student: int, teachers: list[int]) -> tuple[Side, Side]:
 
 
 @on_its_device
+def jsd_sums(z: Tensor, student: int, teachers: list[int], row: Row) -> Tensor:
+    s, t = row.student, row.teacher
+    T, R = t.tail.shape
+    BLOCK = sums_block(z, T)
+    S, *tiles = pieces(R, z.shape[2], BLOCK)
+    sums = z.new_empty(3, T, R, S)
+    _jsd_sums_kernel[(R, S)](
+        z,
+        s.max,
+        s.top,
+        s.p_top,
+        t.max,
+        t.p_top,
+        row.gap.contiguous(),
+        row.offset,
+        *shares(z, row.beta),
+        *sums,
+        *placed(z, student, teachers),
+        *tiles,
+        ONE_SIDED=one_sided(row.beta),
+        T=T,
+        BITS=HEAD_BITS,
+        BLOCK=BLOCK,
+        num_warps=NUM_WARPS,
+        maxnreg=registers(T),
+    )
+    return sums.sum(-1)
+
+
+@on_its_device
+def kl_grad(
+    z: Tensor,
+    student: int,
+    teachers: list[int],
+    divergence: str,
+    row: Row,
+    weight: Tensor,
+    cap: float | None,
+    gradient: KLGradient,
+    dlogits: Tensor,
+) -> None:
+    s, t = row.student, row.teacher
+    T, R = t.tail.shape
+    BLOCK = block(z, T)
+    S, *tiles = pieces(R, z.shape[2], BLOCK)
+    _kl_grad_kernel[(R, S)](
+        z,
+        dlogits,
+        s.max,
+        s.top,
+        s.p_top,
+        gradient.centre,
+        gradient.at_top,
+        weight.contiguous(),
+        row.offset,
+        t.max,
+        torch.where(weight == 0, 0, weight * t.p_top),
+        row.gap.contiguous(),
+        *shares(z, row.beta),
+        number(z, cap),
+        *placed(z, student, teachers),
+        *tiles,
+        REVERSE=divergence in ("reverse", "symmetric"),
+        FORWARD=divergence in ("forward", "symmetric"),
+        ONE_SIDED=one_sided(row.beta),
+        HAS_CAP=cap is not None,
+        T=T,
+        BITS=HEAD_BITS,
+        BLOCK=BLOCK,
+        num_warps=NUM_WARPS,
+        maxnreg=registers(T),
+    )
+
+
 def kl(
     z: Tensor,
     student: int,
@@ -136,58 +213,7 @@ def kl(
     cap: float | None = None,
     dlogits: Tensor | None = None,
 ) -> Tensor:
-    s, t = sides(z, student, teachers)
-    T, R = t.tail.shape
-    place = placed(z, student, teachers)
-    shape = {"T": T, "BITS": HEAD_BITS, "num_warps": NUM_WARPS, "maxnreg": registers(T)}
-    shares, one_sided = (number(z, beta), number(z, 1 - beta)), not 0.1 <= beta <= 0.9
-    mean, offset, gap = s.mean, s.max - s.cross, norm_gap(s, t).contiguous()
-    if divergence == "jsd":
-        SUMS = sums_block(z, T)
-        S, *tiles = pieces(R, z.shape[2], SUMS)
-        offset, _ = log_mix(-(s.cross - t.max) - gap, beta)
-        sums = z.new_empty(3, T, R, S)
-        _jsd_sums_kernel[(R, S)](
-            z, s.max, s.top, s.p_top, t.max, t.p_top, gap, offset, *shares, *sums, *place, *tiles, ONE_SIDED=one_sided,
-            BLOCK=SUMS, **shape,
-        )  # fmt: skip
-        to_teacher, to_student, moment = sums.sum(-1)
-        value: Tensor = beta * to_teacher + (1 - beta) * to_student + 0 * gap
-        if weight is not None:
-            weight, mean = (1 - beta) * weight, moment
-    else:
-        value = divergence_from(divergence, s, t)
-    if dlogits is None or weight is None:
-        return value
-
-    centre, at_top = kl_gradient(divergence, weight, s, t, mean)
-    BLOCK = block(z, T)
-    S, *tiles = pieces(R, z.shape[2], BLOCK)
-    _kl_grad_kernel[(R, S)](
-        z,
-        dlogits,
-        s.max,
-        s.top,
-        s.p_top,
-        centre,
-        at_top,
-        weight.contiguous(),
-        offset,
-        t.max,
-        torch.where(weight == 0, 0, weight * t.p_top),
-        gap,
-        *shares,
-        number(z, cap),
-        *place,
-        *tiles,
-        REVERSE=divergence in ("reverse", "symmetric"),
-        FORWARD=divergence in ("forward", "symmetric"),
-        ONE_SIDED=one_sided,
-        HAS_CAP=cap is not None,
-        BLOCK=BLOCK,
-        **shape,
-    )
-    return value
+    return in_stages((sides, jsd_sums, kl_grad), WHOLE, z, student, teachers, divergence, beta, weight, cap, dlogits)
 
 
 @on_its_device
@@ -258,6 +284,15 @@ def spans(z: Tensor) -> int:
     if triton.knobs.runtime.interpret:
         return 1
     return 1 if z.dtype == torch.float64 else SPANS
+
+
+def shares(z: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    return number(z, beta), number(z, 1 - beta)
+
+
+def one_sided(beta: float) -> bool:
+    """As in `stats.log_mix`."""
+    return not 0.1 <= beta <= 0.9
 
 
 def number(z: Tensor, value: float | None) -> Tensor:

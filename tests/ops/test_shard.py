@@ -6,10 +6,10 @@ from kernel_cases import FLOOR, relative
 from split_cases import CHUNKED, KINDS, every_op, heads, leaves, mesh, split
 
 
-def on_ranks(dtype, backend):
+def on_ranks(kinds, dtype, backend):
     over = mesh()
     found = {}
-    for kind in KINDS:
+    for kind in kinds:
         mine = [split(head, over) for head in heads(kind, dtype)]
         found[kind] = every_op(mine, backend=backend, **CHUNKED)
     again = every_op(mine, backend=backend, **CHUNKED)
@@ -26,12 +26,20 @@ def rounding(kind, want, dtype):
     return float(torch.finfo(dtype).eps * want.numel() ** 0.5 / want.norm()) if kind == "nearly equal" else 0.0
 
 
-@pytest.mark.parametrize(
-    ("size", "dtype"), [(2, torch.float64), (3, torch.float64), (4, torch.float64), (3, torch.float32)]
-)
-def test_every_op_is_as_exact_as_over_whole_rows(ranks, size, dtype):
-    found, *others = ranks(size, on_ranks, dtype, "torch")
-    for kind in KINDS:
+RUNS = {
+    "two ranks": (2, KINDS, torch.float64, "torch"),
+    "three ranks": (3, KINDS, torch.float64, "torch"),
+    "four ranks": (4, KINDS, torch.float64, "torch"),
+    "three ranks in fp32": (3, KINDS, torch.float32, "torch"),
+    "triton": (2, ("masked words", "padded"), torch.float64, "triton"),
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_every_op_is_as_exact_as_over_whole_rows(ranks, run):
+    size, kinds, dtype, backend = RUNS[run]
+    found, *others = ranks(size, on_ranks, kinds, dtype, backend)
+    for kind in kinds:
         exact = every_op([leaves(head, torch.float64) for head in heads(kind, dtype)], backend="reference")
         alone = every_op(heads(kind, dtype), backend="torch", **CHUNKED)
         for name, want in exact.items():
@@ -41,4 +49,4 @@ def test_every_op_is_as_exact_as_over_whole_rows(ranks, size, dtype):
             error = relative(mine[sure], want[sure])
             assert error <= allowed, f"{kind}, {name}: {error:.2e}, allowed {allowed:.2e}"
     for other in others:
-        assert all(same_bits(other[kind][name], x) for kind in KINDS for name, x in found[kind].items())
+        assert all(same_bits(other[kind][name], x) for kind in kinds for name, x in found[kind].items())
