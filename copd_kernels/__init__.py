@@ -7,6 +7,8 @@ from .logprob import logprob
 from .model import hidden_states, through_head
 from .mutual import mutual_kl
 from .results import KL, Agreement, LogProb, LogProbStats, MutualKL
+from .teachers import TopK
+from .topk import topk
 
 __version__ = "0.1.0"
 
@@ -17,10 +19,12 @@ __all__ = [
     "LogProb",
     "LogProbStats",
     "MutualKL",
+    "TopK",
     "agreement",
     "hidden_states",
     "kl",
     "logprob",
     "mutual_kl",
     "through_head",
+    "topk",
 ]

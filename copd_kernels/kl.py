@@ -8,7 +8,9 @@ projected by one teacher only (4 passes whatever T is). (N, V) logits never exis
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal, overload
 
 import torch
@@ -19,14 +21,11 @@ from ._ops import NAMESPACE
 from .checks import (
     check,
     check_divergence,
-    check_integers,
     check_temperatures,
-    check_tensor,
     check_token_weight,
-    check_type,
-    check_values,
     check_workspace,
 )
+from .combine import combine_rows
 from .flatten import (
     Flat,
     fake_gradients,
@@ -39,10 +38,12 @@ from .flatten import (
     scale,
     wanted,
 )
-from .head import Head, as_heads, check_same_vocabulary
+from .head import Head, check_head
 from .results import KL
 from .rows import load, resolve
 from .schedule import Gradients, Projection, Workspace
+from .sparse import Listed, Support, diverge, passes
+from .teachers import Teacher, TopK, as_teachers, check_combine, check_support, check_teachers, check_weights
 from .temperature import of_tokens, softcap_of, temperatures, where_they_count
 
 
@@ -54,6 +55,7 @@ def kl_op(
     teacher_hidden: list[Tensor],
     teacher_lm_head: list[Tensor],
     teacher_bias: list[Tensor],
+    teacher_lists: list[Tensor],
     teacher_weight: Tensor,
     teacher_index: Tensor | None,
     token_weight: Tensor,
@@ -62,6 +64,9 @@ def kl_op(
     temperature: Tensor,
     vocab_sizes: list[int],
     shard: str,
+    tails: str,
+    support: str,
+    combine: str,
     divergence: str,
     backend: str,
     workspace_bytes: int,
@@ -73,16 +78,22 @@ def kl_op(
     student's entropy (N,) and each teacher's mean divergence (T,), else (0,) each.
 
     `teacher_weight` is (T, N) or (T, 1), and (1, 1) where `teacher_index` routes. `numbers` and `vocab_sizes` are those
-    of `Flat` for student and teachers, `temperature` is () or (N,).
+    of `Flat` for student and teachers, `temperature` is () or (N,). `tails` has an entry a teacher, empty for a head;
+    the others' ids and log-probs are `teacher_lists`, in turn. `support` is that of `Support.text`.
     """
     dtype = logits_dtype([hidden, *teacher_hidden])
     tensors = [hidden, *teacher_hidden], [lm_head, *teacher_lm_head], [bias, *teacher_bias]
-    student, *teachers = projections(Flat(*tensors, numbers, vocab_sizes, shard), temperature, dtype)
+    student, *heads = projections(Flat(*tensors, numbers, vocab_sizes, shard), temperature, dtype)
+    teachers = in_order(heads, teacher_lists, tails.split(","))
+    words = Support.read(support)
+    # one teacher is made of all: routed tokens have only one
+    as_one = combine != "mean" and teacher_index is None
     if teacher_index is not None:
         # a token without a teacher has nothing to learn
         token_weight = torch.where(teacher_index < 0, 0, token_weight)
     token_weight = token_weight.to(dtype)
-    weight = (teacher_weight * token_weight).to(dtype)  # (T, N); routed (1, N)
+    each = (teacher_weight * token_weight).to(dtype)  # (T, N); routed (1, N)
+    weight = each.sum(0, keepdim=True) if as_one else each
     temperature = where_they_count(temperature, (weight != 0).any(0))
     # of the gradient: the rows know of no temperature
     gain = weight / temperature if temperature.dim() else weight
@@ -94,33 +105,47 @@ def kl_op(
     taught = weight.new_zeros(2, len(teachers) if stats else 0)  # sum_n u_n D_jn, sum_n u_n
 
     for segment in segments(hidden.shape[0], teachers, teacher_index):
-        heads = 1 + len(segment.teachers)
-        space = Workspace(segment.size, heads, student.columns, d, workspace_bytes, narrow)
+        H = 1 + sum(isinstance(teacher, Projection) for teacher in segment.teachers)
+        plain = 1 + len(segment.teachers) == H and words is None
+        # a row's gradient may be a sum over teachers that are asked apart
+        room = 2 if gradients and not plain and passes(segment.teachers, words) > 1 else 0
+        space = Workspace(segment.size, H + room, student.columns, d, workspace_bytes, narrow)
         for part in space.chunks:
             chunk = part if segment.tokens is None else segment.tokens[part]
-            w = weight[:, chunk]  # (T, R)
+            w, own_w = weight[:, chunk], each[:, chunk]  # (T, R)
             z = space.logits(part)
             mine = student.read(chunk, (w != 0).any(0))
             T = of_tokens(temperature, chunk)
             student.project(mine, z[0], rows, T)
+            asked: list[int | Listed] = []  # a head by its place in z
             for j, teacher in enumerate(segment.teachers):
                 # a routed teacher holds its own tokens only, so there the chunk is counted among those
-                teacher.project(teacher.read(part, w[j] != 0), z[j + 1], rows, T)
+                if isinstance(teacher, Listed):
+                    asked.append(teacher.read(part))
+                else:
+                    place = 1 + sum(isinstance(other, int) for other in asked)
+                    teacher.project(teacher.read(part, own_w[j] != 0), z[place], rows, T)
+                    asked.append(place)
+            how = divergence, beta.item()
             if stats:
                 # before the gradient takes the student's logits' place
                 own = rows.logprob(z[:1])
                 entropy[chunk] = torch.where((w != 0).any(0), own.norm - own.mean, 0)
-            pairs = (z, 0, list(range(1, heads)), divergence, beta.item())
+            apart = None
+            if as_one:
+                apart = diverge(z, asked, words, *how, rows) if stats else None
+                combine_rows(z[1:H], teacher_weight.expand(-1, hidden.shape[0])[:, chunk].to(dtype), combine, rows)
+                asked = [1]
             if gradients is None:
-                value = rows.kl(*pairs)
+                value = diverge(z, asked, words, *how, rows)
             else:
                 dlogits = space.dlogits(part)
                 cap, its_rows = softcap_of(student, temperature, chunk, rows, shard)
-                value = its_rows.kl(*pairs, gain[:, chunk] * gradients.factor, cap, dlogits)
+                value = diverge(z, asked, words, *how, its_rows, gain[:, chunk] * gradients.factor, cap, dlogits)
                 gradients.add(dlogits, mine, chunk)
             d[chunk] = torch.where(w == 0, 0, w * value).sum(0)
             if stats:
-                u = torch.where(w == 0, 0, token_weight[chunk])
+                u, value = torch.where(own_w == 0, 0, token_weight[chunk]), value if apart is None else apart
                 taught[:, segment.names] += torch.stack([torch.where(u == 0, 0, u * value).sum(1), u.sum(1)])
 
     result = d if per_token else d.sum()
@@ -138,11 +163,16 @@ class Segment:
 
     tokens: Tensor | None
     size: int
-    teachers: list[Projection]
+    teachers: list[Projection | Listed]
     names: slice
 
 
-def segments(N: int, teachers: list[Projection], teacher_index: Tensor | None) -> list[Segment]:
+def in_order(heads: list[Projection], lists: list[Tensor], tails: list[str]) -> list[Projection | Listed]:
+    pairs, rest = zip(lists[::2], lists[1::2], strict=True), iter(heads)
+    return [Listed(*next(pairs), tail) if tail else next(rest) for tail in tails]
+
+
+def segments(N: int, teachers: list[Projection | Listed], teacher_index: Tensor | None) -> list[Segment]:
     """One segment with every teacher, or one a teacher with the tokens routed to it."""
     if teacher_index is None:
         return [Segment(None, N, teachers, slice(None))]
@@ -152,9 +182,8 @@ def segments(N: int, teachers: list[Projection], teacher_index: Tensor | None) -
     start, *counts = (teacher_index == names[:, None]).sum(1).tolist()
     result = []
     for j, (teacher, count) in enumerate(zip(teachers, counts, strict=True)):
-        rows = teacher.hidden.shape[0]
-        rule = f"hold the {count} tokens routed to it"
-        check("kl", f"teachers[{j}].hidden", rows == count, rule, f"{rows} rows")
+        name = f"teachers[{j}].{'ids' if isinstance(teacher, Listed) else 'hidden'}"
+        check("kl", name, count == teacher.N, f"hold the {count} tokens routed to it", f"{teacher.N} rows")
         result.append(Segment(order[start : start + count], count, [teacher], slice(j, j + 1)))
         start += count
     return result
@@ -162,22 +191,22 @@ def segments(N: int, teachers: list[Projection], teacher_index: Tensor | None) -
 
 @kl_op.register_fake
 def _(  # type: ignore[no-untyped-def]  # the types are those of kl_op
-    hidden, lm_head, bias, teacher_hidden, teacher_lm_head, teacher_bias, teacher_weight, teacher_index,
-    token_weight, numbers, beta, temperature, vocab_sizes, shard, divergence, backend, workspace_bytes,
-    per_token, stats, want,
+    hidden, lm_head, bias, teacher_hidden, teacher_lm_head, teacher_bias, teacher_lists, teacher_weight,
+    teacher_index, token_weight, numbers, beta, temperature, vocab_sizes, shard, tails, support, combine,
+    divergence, backend, workspace_bytes, per_token, stats, want,
 ):  # fmt: skip
     dtype = logits_dtype([hidden, *teacher_hidden])
     result = hidden.new_empty(hidden.shape[:1] if per_token else (), dtype=dtype)
     unit = hidden.new_empty((), dtype=dtype)
-    sizes = (hidden.shape[0], len(teacher_hidden)) if stats else (0, 0)
+    sizes = (hidden.shape[0], len(tails.split(","))) if stats else (0, 0)
     return result, *fake_gradients(hidden, lm_head, want, dtype), unit, *(unit.new_empty(n) for n in sizes)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    student, lists, weights, rest = inputs[:3], inputs[3:6], inputs[6:12], inputs[12:]
+    student, lists, weights, rest = inputs[:3], inputs[3:7], inputs[7:13], inputs[13:]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.dtype, ctx.T = inputs[0].dtype, len(lists[0])
+    ctx.dtype, ctx.sizes = inputs[0].dtype, [len(tensors) for tensors in lists]
     *ctx.rest, ctx.per_token, _, _ = rest
     if ctx.per_token:
         save(ctx, *student, *weights, *(x for tensors in lists for x in tensors))
@@ -186,15 +215,15 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Any, ...]:
-    nothing = [None] * ctx.T
+    nothing = ([None] * size for size in ctx.sizes)
     student = [None] * 3
     needs = ctx.needs_input_grad[:3]
     if upstream is not None:
         kept = saved(ctx)
         if ctx.per_token:
-            T = ctx.T
             *weights, token_weight, numbers, beta, temperature = kept[3:9]
-            lists = [kept[i : i + T] for i in (9, 9 + T, 9 + 2 * T)]
+            rest = iter(kept[9:])
+            lists = [[*islice(rest, size)] for size in ctx.sizes]
             weights.append(torch.where(token_weight == 0, 0, token_weight * upstream))
             constants = (numbers, beta, temperature, *ctx.rest)
             _, *gradients, unit, _, _ = kl_op(*kept[:3], *lists, *weights, *constants, False, False, list(needs))
@@ -202,7 +231,7 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Any, ...]:
             *gradients, unit = kept
             unit = unit * upstream
         student = [scale(g, unit, ctx.dtype) if need else None for g, need in zip(gradients, needs, strict=True)]
-    return *student, nothing, nothing, nothing, *[None] * 14
+    return *student, *nothing, *[None] * 17
 
 
 kl_op.register_autograd(_backward, setup_context=_save)
@@ -210,7 +239,8 @@ kl_op.register_autograd(_backward, setup_context=_save)
 
 @overload
 def kl(
-    student: Head, teachers: Head | list[Head], *, divergence: str = ..., beta: float = ...,
+    student: Head, teachers: Teacher | Sequence[Teacher], *, divergence: str = ..., beta: float = ...,
+    support: str | None = ..., k: int | None = ..., tail: str = ..., combine: str = ...,
     temperature: float | Tensor = ..., teacher_weight: Tensor | None = ..., teacher_index: Tensor | None = ...,
     token_weight: Tensor | None = ..., reduction: str = ..., stats: Literal[False] = ..., backend: str | None = ...,
     workspace_bytes: int | None = ...,
@@ -219,7 +249,8 @@ def kl(
 
 @overload
 def kl(
-    student: Head, teachers: Head | list[Head], *, divergence: str = ..., beta: float = ...,
+    student: Head, teachers: Teacher | Sequence[Teacher], *, divergence: str = ..., beta: float = ...,
+    support: str | None = ..., k: int | None = ..., tail: str = ..., combine: str = ...,
     temperature: float | Tensor = ..., teacher_weight: Tensor | None = ..., teacher_index: Tensor | None = ...,
     token_weight: Tensor | None = ..., reduction: str = ..., stats: Literal[True], backend: str | None = ...,
     workspace_bytes: int | None = ...,
@@ -228,10 +259,14 @@ def kl(
 
 def kl(
     student: Head,
-    teachers: Head | list[Head],
+    teachers: Teacher | Sequence[Teacher],
     *,
     divergence: str = "reverse",
     beta: float = 0.5,
+    support: str | None = None,
+    k: int | None = None,
+    tail: str = "bucket",
+    combine: str = "mean",
     temperature: float | Tensor = 1.0,
     teacher_weight: Tensor | None = None,
     teacher_index: Tensor | None = None,
@@ -250,6 +285,15 @@ def kl(
         symmetric  their sum, not halved
         jsd        beta KL(q || m) + (1 - beta) KL(p || m),   m = beta q + (1 - beta) p
 
+    `combine` makes one teacher of several, of weights a_jn = w_jn / W_n with W_n = sum_j w_jn:
+
+        mean       d_n = sum_j w_jn D(p, q_j)
+        mixture    d_n = W_n D(p, m),   m = sum_j a_jn q_j
+        product    d_n = W_n D(p, m),   m the normalised geometric mean, proportional to prod_j q_j^a_jn
+
+    A `TopK` teacher is compared as its `tail` says, and costs no projection. With `support` heads are compared in the
+    same way on the k likeliest words of the student, or of each teacher, `tail` said here.
+
     The loss is not rescaled by temperature². A token of zero weight contributes exactly nothing, even if its hidden
     states are NaN; a word of zero mass on both sides contributes 0, on the teacher's side alone +inf to `reverse`. A
     row of logits that is no distribution (a NaN, an infinite logit, no mass) makes its token NaN, gradient included.
@@ -257,11 +301,17 @@ def kl(
 
     Args:
         student: hidden (..., D).
-        teachers: one head or T heads over the same vocabulary, hidden (..., D_j); no gradient reaches them.
+        teachers: one or T of heads over the same vocabulary, hidden (..., D_j), and `TopK`s, (..., k_j); no gradient
+            reaches them.
         divergence: one of the four above.
         beta: in (0, 1), of `jsd` only.
-        temperature: positive; divides all logits. A number, or (...), floating: a temperature a token.
-        teacher_weight: (T,) or (T, ...), floating, finite: w; 1 / T each where omitted.
+        support: None, the whole vocabulary; "student", not with a `TopK`; "teacher".
+        k: in 1..V, with a support.
+        tail: "bucket", "renormalise" or "ignore", as in `TopK`; of a support only.
+        combine: one of the three above; "mean" with a `TopK`. Teachers without mass in common have no product: NaN.
+        temperature: positive; divides all logits. A number, that of every `TopK`; or without any (...), floating: a
+            temperature a token.
+        teacher_weight: (T,) or (T, ...), floating, finite: w, 1 / T each where omitted; >= 0 for one combined teacher.
         teacher_index: (...), int64 in -1..T-1: token n has the one teacher `teacher_index[n]`, none where it is -1;
             teacher j's hidden is then (count of j, D_j), its own tokens in order. Stops the host once on CUDA.
         token_weight: (...), floating or bool, >= 0: a mask or per-token weights u; 1 where omitted.
@@ -279,39 +329,23 @@ def kl(
         ValueError, TypeError: an argument breaks its rule. Values (weights >= 0, index in range) are checked on the
         CPU; on CUDA under COPD_DEBUG=1 only. RuntimeError: the backend is not available here.
     """
-    teachers = as_heads("kl", "teachers", teachers)
-    check("kl", "teachers", len(teachers) > 0, "not be empty", teachers)
+    teachers = as_teachers("kl", teachers)
     check_divergence("kl", divergence, beta)
     check("kl", "reduction", reduction in ("mean", "sum", "none"), "be mean, sum or none", repr(reduction))
-    check_same_vocabulary("kl", "student", student, {f"teachers[{j}]": t for j, t in enumerate(teachers)})
+    check_head("kl", "student", student)
+    check_support("kl", support, k, tail, student, teachers)
+    check_combine("kl", combine, teachers)
     shape, device, T = student.hidden.shape[:-1], student.hidden.device, len(teachers)
-    dtype = logits_dtype([student.hidden, *(teacher.hidden for teacher in teachers)])
+    heads = [teacher for teacher in teachers if isinstance(teacher, Head)]
+    dtype = logits_dtype([student.hidden, *(head.hidden for head in heads)])
     token_weight = check_token_weight("kl", token_weight, shape, device, dtype)
     check_temperatures("kl", temperature, token_weight != 0)
     if teacher_index is None:
-        for j, teacher in enumerate(teachers):
-            got = tuple(teacher.hidden.shape[:-1])
-            check("kl", f"teachers[{j}].hidden", got == shape, f"have shape (*{tuple(shape)}, D)", got)
-        if teacher_weight is None:
-            teacher_weight = torch.full((T,), 1 / T, dtype=dtype, device=device)
-        check_tensor("kl", "teacher_weight", teacher_weight)
-        got = tuple(teacher_weight.shape)
-        rule = f"have shape ({T},) or {(T, *shape)}"
-        check("kl", "teacher_weight", got in ((T,), (T, *shape)), rule, got)
-        check_type("kl", "teacher_weight", teacher_weight.is_floating_point(), "be floating", teacher_weight.dtype)
-        rule = f"be on {device}"
-        check("kl", "teacher_weight", teacher_weight.device == device, rule, teacher_weight.device)
-        teacher_weight = teacher_weight.detach().to(dtype)
+        teacher_weight = check_weights("kl", teacher_weight, T, shape, dtype, device, combine)
     else:
         fix = "put the weight into token_weight"
         check("kl", "teacher_weight", teacher_weight is None, "be None with teacher_index", "a tensor", fix)
-        check_integers("kl", "teacher_index", teacher_index, shape, device)
-        in_range = f"be in -1..{T - 1}"
-        check_values("kl", "teacher_index", teacher_index, lambda i: (i >= -1) & (i < T), in_range)
-        for j, teacher in enumerate(teachers):
-            got = tuple(teacher.hidden.shape)
-            check("kl", f"teachers[{j}].hidden", len(got) == 2, "have shape (tokens routed to it, D)", got)
-
+    check_teachers("kl", student, teachers, teacher_index, temperature, token_weight)
     check_workspace("kl", workspace_bytes)
 
     name = resolve("kl", backend, device, student.shard.split)
@@ -324,6 +358,10 @@ def kl(
             teachers,
             divergence=divergence,
             beta=beta,
+            support=support,
+            k=k,
+            tail=tail,
+            combine=combine,
             temperature=temperature,
             teacher_weight=teacher_weight,
             teacher_index=teacher_index,
@@ -331,11 +369,13 @@ def kl(
             reduction=reduction,
         )
         return results if stats else results.loss
-    flat = flatten([student, *(teacher.detach() for teacher in teachers)])
+    flat = flatten([student, *(head.detach() for head in heads)])
+    lists = [teacher for teacher in teachers if isinstance(teacher, TopK)]
     teacher_weight = token_weight.new_ones(1, 1) if teacher_weight is None else teacher_weight.reshape(T, -1)
     outputs = kl_op(
         *(tensors[0] for tensors in flat[:3]),
         *(tensors[1:] for tensors in flat[:3]),
+        [x.detach().reshape(-1, x.shape[-1]) for teacher in lists for x in (teacher.ids, teacher.logp)],
         teacher_weight,
         None if teacher_index is None else teacher_index.reshape(-1),
         token_weight.reshape(-1),
@@ -344,6 +384,9 @@ def kl(
         temperatures(temperature, shape, dtype),
         flat.vocab_size,
         flat.shard,
+        ",".join(teacher.tail if isinstance(teacher, TopK) else "" for teacher in teachers),
+        "" if support is None or k is None else Support(support, k, tail).text,
+        combine,
         divergence,
         name,
         workspace_bytes or 0,

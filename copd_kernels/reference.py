@@ -17,6 +17,7 @@ from torch import Tensor
 from .checks import is_per_token
 from .head import Head
 from .results import KL, Agreement, LogProbStats, MutualKL
+from .teachers import Teacher, TopK
 
 
 def log_softmax(head: Head, temperature: float | Tensor = 1.0) -> Tensor:
@@ -117,12 +118,83 @@ def ratio(r: Tensor, share: float, log_rest: float, log_share: float) -> Tensor:
     return -torch.where(near, close, far)
 
 
+def with_rest(logp: Tensor, dtype: torch.dtype, log_p_rest: Tensor, V: int) -> Tensor:
+    """(..., k + 1) log-probs of listed words and of all others, for `logp` that had `dtype`; see `TopK`.
+
+    What the words leave is known to that dtype's resolution, and is 0 if it is less and the student has nothing there
+    (`log_p_rest` is -inf), or if no word is left.
+    """
+    k = logp.shape[-1]
+    rest = -torch.expm1(torch.logsumexp(logp, -1))
+    least = 2 * torch.finfo(dtype).eps
+    nothing = (rest <= least) & (log_p_rest == -torch.inf)
+    if k == V:
+        nothing = torch.ones_like(nothing)
+    log_rest = torch.where(nothing, -torch.inf, rest.clamp(min=least).log())
+    return torch.cat([logp, log_rest.unsqueeze(-1)], -1)
+
+
+def on_words(log_p: Tensor, ids: Tensor, absent: Tensor) -> Tensor:
+    """(..., k + 1): log-probs of the words `ids`, -inf where absent, and of all others."""
+    ids = ids.clamp(0, log_p.shape[-1] - 1)
+    named = torch.zeros_like(log_p).scatter_add(-1, ids, (~absent).to(log_p.dtype)) > 0
+    inside = torch.where(absent, -torch.inf, log_p.gather(-1, ids))
+    rest = torch.where(named.all(-1), -torch.inf, torch.logsumexp(torch.where(named, -torch.inf, log_p), -1))
+    return torch.cat([inside, rest.unsqueeze(-1)], -1)
+
+
+def diverge_on(log_p: Tensor, log_q: Tensor, tail: str, divergence: str, beta: float) -> Tensor:
+    """(...): from log-probs (..., k + 1) of a few words and of all others."""
+    if tail == "bucket":
+        return diverge(log_p, log_q, divergence, beta)
+    log_p, log_q = log_p[..., :-1], log_q[..., :-1]
+    if tail == "renormalise":
+        log_p, log_q = normalise(log_p)[0], normalise(log_q)[0]
+    return diverge(log_p, log_q, divergence, beta)
+
+
+def against(
+    log_p: Tensor,
+    log_q: Tensor | TopK,
+    divergence: str,
+    beta: float,
+    support: str | None,
+    k: int | None,
+    tail: str,
+) -> Tensor:
+    """(R,): of the student's log-probs (R, V) from a teacher's, or from its list."""
+    if isinstance(log_q, TopK):
+        absent = log_q.logp == -torch.inf
+        short = on_words(log_p, log_q.ids, absent)
+        said = with_rest(log_q.logp.to(log_p.dtype), log_q.logp.dtype, short[..., -1].detach(), log_p.shape[-1])
+        return diverge_on(short, normalise(said)[0], log_q.tail, divergence, beta)
+    if support is None:
+        return diverge(log_p, log_q, divergence, beta)
+    assert k is not None
+    ids = (log_p if support == "student" else log_q).topk(k).indices
+    every = torch.zeros_like(ids, dtype=torch.bool)
+    return diverge_on(on_words(log_p, ids, every), on_words(log_q, ids, every), tail, divergence, beta)
+
+
+def combined(log_q: list[Tensor], share: Tensor, combine: str) -> Tensor:
+    """(R, V) log-probs of one teacher made of T, which have shares (T, R); one without any says nothing."""
+    silent = (share == 0).unsqueeze(-1)
+    stacked = torch.stack(log_q)
+    if combine == "mixture":
+        return torch.logsumexp(torch.where(silent, -torch.inf, stacked + share.log().unsqueeze(-1)), 0)
+    return normalise(zero_where(silent, share.unsqueeze(-1) * stacked).sum(0))[0]
+
+
 def kl(
     student: Head,
-    teachers: list[Head],
+    teachers: list[Teacher],
     *,
     divergence: str,
     beta: float,
+    support: str | None,
+    k: int | None,
+    tail: str,
+    combine: str,
     temperature: float | Tensor,
     teacher_weight: Tensor | None,
     teacher_index: Tensor | None,
@@ -130,6 +202,7 @@ def kl(
     reduction: str,
 ) -> KL:
     """sum_n w_n sum_j w_jn D(student_n, teacher_jn), over sum_n w_n for the mean; w·d per token for "none"."""
+    how = divergence, beta, support, k, tail
     d = token_weight.new_zeros(token_weight.shape)
     means, has_teacher = [], torch.zeros_like(token_weight, dtype=torch.bool)
     for j, teacher in enumerate(teachers):
@@ -142,17 +215,33 @@ def kl(
             theirs = (token_weight != 0)[owned]
         keep = owned & (token_weight != 0)
         has_teacher = has_teacher | keep
-        T = column(temperature, keep)
-        log_p = log_softmax(rows(student, keep), T)
-        log_q = log_softmax(rows(teacher.detach(), theirs), T)
-        term = diverge(log_p, log_q, divergence, beta)
+        term = against(
+            log_softmax(rows(student, keep), column(temperature, keep)),
+            said(teacher, theirs, column(temperature, keep)),
+            *how,
+        )
         means.append(mean(term, token_weight[keep]))
-        d = d + scatter(weight.expand_as(token_weight)[keep] * term, keep)
+        if combine == "mean" or teacher_index is not None:
+            d = d + scatter(weight.expand_as(token_weight)[keep] * term, keep)
+    if combine != "mean" and teacher_weight is not None:
+        keep, total = has_teacher, teacher_weight.sum(0)
+        share = (teacher_weight / torch.where(total > 0, total, 1))[:, keep]
+        T = column(temperature, keep)
+        log_q = [log_softmax(rows(teacher.detach(), keep), T) for teacher in teachers if isinstance(teacher, Head)]
+        term = against(log_softmax(rows(student, keep), T), combined(log_q, share, combine), *how)
+        d = scatter(total[keep] * term, keep)
     d = zero_where(token_weight == 0, token_weight * d)
     total = token_weight.sum()
     loss = {"none": d, "sum": d.sum(), "mean": d.sum() / torch.where(total > 0, total, 1)}[reduction]
     own = entropy(log_softmax(rows(student.detach(), has_teacher), column(temperature, has_teacher)))
     return KL(loss, scatter(own, has_teacher).to(d.dtype), torch.stack(means).detach())
+
+
+def said(teacher: Teacher, keep: Tensor, temperature: float | Tensor) -> Tensor | TopK:
+    """What a teacher says of the kept tokens: log-probs (R, V), or its list."""
+    if isinstance(teacher, TopK):
+        return TopK(teacher.ids[keep], teacher.logp.detach()[keep], teacher.tail, teacher.temperature)
+    return log_softmax(rows(teacher.detach(), keep), temperature)
 
 
 def mean(values: Tensor, weight: Tensor) -> Tensor:
@@ -178,6 +267,10 @@ def mutual_kl(
             [heads[t]],
             divergence=divergence,
             beta=beta,
+            support=None,
+            k=None,
+            tail="bucket",
+            combine="mean",
             temperature=temperature,
             teacher_weight=one,
             teacher_index=None,

@@ -59,6 +59,10 @@ class Projection:
     columns: int  # of a row of logits: V, but where ranks share a vocabulary the largest share
 
     @property
+    def N(self) -> int:
+        return self.hidden.shape[0]
+
+    @property
     def V(self) -> int:
         return self.lm_head.shape[0]
 

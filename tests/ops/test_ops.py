@@ -9,7 +9,7 @@ import torch
 from kernel_cases import DIVERGENCES, cast, gradients, make, relative
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from copd_kernels import Head, agreement, kl, logprob, mutual_kl, schedule
+from copd_kernels import Head, TopK, agreement, kl, logprob, mutual_kl, schedule, topk
 from copd_kernels.agreement import agreement_op
 from copd_kernels.flatten import flatten, number, scale
 from copd_kernels.kl import kl_op
@@ -17,6 +17,7 @@ from copd_kernels.logprob import logprob_backward, logprob_op
 from copd_kernels.mutual import mutual_op
 from copd_kernels.reference import log_softmax
 from copd_kernels.rows import BACKENDS
+from copd_kernels.topk import topk_op
 
 N, D, V = 12, 8, 50
 
@@ -28,11 +29,27 @@ def test_opcheck_passes_for_kl(routed, per_token):
     rows = N // 2 if routed else N
     flat = flatten([make(N, D, V), make(rows, D, V).detach(), make(rows, D, V).detach()])
     weight = torch.ones(1, 1) if routed else torch.full((2, 1), 0.5)
-    tensors = (*(x[0] for x in flat[:3]), *(x[1:] for x in flat[:3]), weight, index, torch.rand(N), flat.numbers)
+    tensors = (*(x[0] for x in flat[:3]), *(x[1:] for x in flat[:3]))
     want = [not per_token, not per_token, False]
     temperature = torch.rand(N) + 0.5 if per_token else number(1.3)
-    rest = (number(0.5), temperature, flat.vocab_size, "", "reverse", "torch", 0, per_token, routed, want)
-    torch.library.opcheck(kl_op, (*tensors, *rest))
+    numbers = (torch.rand(N), flat.numbers, number(0.5), temperature, flat.vocab_size)
+    options = ("reverse", "torch", 0, per_token, routed, want)
+    torch.library.opcheck(kl_op, (*tensors, [], weight, index, *numbers, "", ",", "", "mixture", *options))
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_opcheck_passes_for_lists_and_topk(per_token):
+    teacher = make(N, D, V).detach()
+    flat = flatten([make(N, D, V), teacher])
+    tensors = (*(x[0] for x in flat[:3]), *(x[1:] for x in flat[:3]), [*topk(teacher, 5)])
+    numbers = (torch.rand(N), flat.numbers, number(0.5), number(1.0), flat.vocab_size)
+    options = ("reverse", "torch", 0, per_token, True, [not per_token, not per_token, False])
+    weight = torch.full((2, 1), 0.5)
+    torch.library.opcheck(
+        kl_op, (*tensors, weight, None, *numbers, "", ",bucket", "teacher 3 bucket", "mean", *options)
+    )
+    flat = flatten([teacher])
+    torch.library.opcheck(topk_op, (*(x[0] for x in flat[:3]), flat.numbers, number(1.3), V, 5, "torch", 0))
 
 
 @pytest.mark.parametrize("recompute", [True, False])
@@ -65,7 +82,8 @@ def test_compiles_without_a_graph_break():
         head, teacher = Head(hidden, lm_head), Head(other, lm_head)
         together = mutual_kl([head, teacher]).loss + agreement(head, teacher, k=3).forward_kl.sum()
         per_token = kl(head, teacher, reduction="none", divergence="jsd")
-        kept = logprob(head, tokens, recompute=False).entropy.sum()
+        kept = logprob(head, tokens, recompute=False, stats=True).entropy.sum()
+        kept = kept + kl(head, [TopK(*topk(teacher, 3)), teacher]) + kl(head, [teacher] * 2, combine="mixture")
         return logprob(head, tokens).logp.sum() + kept + kl(head, [teacher] * 2) + per_token.sum() + together
 
     student, teacher, tokens = make(N, D, V), make(N, D, V), torch.randint(0, V, (N,))
@@ -131,6 +149,10 @@ def frozen(head: Head) -> Head:
     return Head(head.hidden, head.lm_head.detach())
 
 
+def with_list(heads):
+    return [*heads[:-1], TopK(*topk(heads[-1], 8))]
+
+
 def routed(T):
     student, *teachers = leaves(T)
     index = torch.arange(256) % T
@@ -155,6 +177,12 @@ PASSES = {
     "logprob, logits just fit": (3, lambda: log_probs(workspace_bytes=256 * 1000 * 4)),
     "logprob, logits that do not fit": (4, lambda: log_probs(workspace_bytes=255 * 1000 * 4, recompute=False)),
     "mutual_kl, three heads": (9, lambda: (lambda *h: lambda: mutual_kl(h).loss.backward())(*leaves(2))),
+    "kl, a list": (3, lambda: (lambda s, t: lambda: kl(s, t).backward())(*with_list(leaves(1)))),
+    "kl, a list and a head": (4, lambda: (lambda s, *t: lambda: kl(s, t).backward())(*with_list(leaves(2)))),
+    "kl, four as a mixture": (
+        7,
+        lambda: (lambda s, *t: lambda: kl(s, t, combine="mixture", stats=True).loss.backward())(*leaves(4)),
+    ),
     "agreement, two teachers": (3, lambda: (lambda s, *t: lambda: agreement(s, t))(*leaves(2))),
 }
 
@@ -299,6 +327,8 @@ def test_a_dry_run_gives_shapes():
         assert [x.shape for x in scalars] == [(), ()]
         assert all(x.shape == (N,) for x in (per_token, *logprob(student, tokens)))
         assert all(x.shape == (1, N) for x in agreement(student, teacher, k=3))
+        told = kl(student, TopK(*topk(teacher, 3)), stats=True)
+        assert [x.shape for x in told] == [(), (N,), (1,)]
 
     with torch._subclasses.fake_tensor.FakeTensorMode():
         run(make(N, D, V), make(N, D, V), torch.zeros(N, dtype=torch.int64))
