@@ -151,7 +151,7 @@ def block(everything: list[Data]) -> str:
 
 def table(rows: list[Row]) -> str:
     """Every contender of every row, as Markdown that reads well in a terminal."""
-    kinds = {"accuracy": accuracy, "rows": row_math, "step": step}
+    kinds = {"accuracy": accuracy, "rows": row_math, "step": step, "trainer": trainer}
     return "\n".join(kinds.get(row["op"], contenders)(row) for row in rows)
 
 
@@ -212,6 +212,21 @@ def step(row: Row) -> str:
         times = [statistics.median(e["stages"][stage]) for stage in stages]
         cells.append([e["name"], *(f"{x:,.1f}" for x in (*times, ms(e))), form("{:,.0f}", e["peak_mib"])])
     return markdown(f"training {title(row)}, {row['layers']} layers", ["ms", *stages, "sum", "MiB"], cells)
+
+
+def trainer(row: Row) -> str:
+    header = ["", "ms", "min–max", "MiB", "loss error", "gradient error", "/ ours"]
+    cells = []
+    for e in row["entries"]:
+        if e["why"]:
+            cells.append([e["name"], e["why"], *[""] * (len(header) - 2)])
+            continue
+        patterns = (("{:,.0f}", "peak_mib"), ("{:.0e}", "loss_error"), ("{:.0e}", "gradient_error"))
+        errors = [form(pattern, e[key]) for pattern, key in patterns]
+        cells.append([e["name"], f"{ms(e):,.1f}", spread(e), *errors, f"{ratio(e, entry(row, OURS)):.2f}"])
+    words = [f"a step of {row['trainer']}, {title(row).removeprefix('trainer, ')}"]
+    words += [f"T={row['T']}, {row['divergence']}"] if "T" in row else ["log-probs and entropies"]
+    return markdown(", ".join(words), header, cells)
 
 
 def markdown(caption: str, header: list[str], cells: list[list[str]]) -> str:

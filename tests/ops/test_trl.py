@@ -70,6 +70,42 @@ def test_what_a_fused_model_returns_is_trls(family):
         assert relative(x, y) < 1e-6, name
 
 
+def fused_outputs(model, fused, dtype=torch.float32, **options):
+    """Log-probs, entropies and the gradient of the policy's loss, by TRL's fused lm_head or ours."""
+    inputs = rollouts()
+    batch, *_ = sequence(inputs)
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    model = model.to(dtype).train()
+    add_fused_lm_head(model, temperature=0.9, outputs=("log_probs", "entropy"), **options)
+    for _ in range(fused):
+        fuse(types.SimpleNamespace(model=model))
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bool(options)):
+        out = model(**batch, labels=labels, fused_lm_head=True)
+    return [out.log_probs.float(), out.entropy.float(), gradient(model, out.loss - out.entropy.mean()).float()]
+
+
+def test_in_bf16_the_error_is_no_worse_than_trls():
+    exact = fused_outputs(build().to(torch.bfloat16), False, torch.float64)
+    ours, theirs = (fused_outputs(build(), fused, torch.bfloat16) for fused in (True, False))
+    for mine, other, want in zip(ours, theirs, exact, strict=True):
+        assert relative(mine, want) <= 1.1 * relative(other, want)
+
+
+def test_a_head_cast_to_fp32_stays_fp32_under_autocast():
+    found = []
+    for fused in (True, False):
+        model = build()
+        model.lm_head.register_forward_pre_hook(lambda module, args: (args[0].float(),))
+        found.append(fused_outputs(model, fused, cast_lm_head_to_fp32=True))
+    for x, y in zip(*found, strict=True):
+        assert relative(x, y) < 1e-6
+
+
+def test_a_model_may_be_fused_again():
+    for x, y in zip(fused_outputs(build(), 2), fused_outputs(build(), 0), strict=True):
+        assert relative(x, y) < 1e-6
+
+
 @pytest.mark.parametrize("family", ["Qwen3", "Gemma2"])
 def test_a_fused_trainer_has_trls_loss_and_gradient(tokenizer, tmp_path, family):
     theirs, ours = grpo(tokenizer, tmp_path, model=build(family)), grpo(tokenizer, tmp_path, model=build(family))
@@ -352,6 +388,12 @@ def test_the_seams_are_where_this_release_of_trl_has_them():
     names = list(inspect.signature(trl.DistillationTrainer._compute_loss).parameters)
     assert names == ["self", "unwrapped_student", "inputs", "num_items_in_batch"]
     assert list(inspect.signature(trl.GRPOTrainer._compute_loss).parameters) == ["self", "model", "inputs"]
+    model = build()
+    add_fused_lm_head(model)
+    asked = inspect.getclosurevars(model.forward).nonlocals
+    assert asked.keys() >= {"outputs", "temperature", "cast_lm_head_to_fp32"}
+    for name in ("_generate_and_score_completions", "_set_signature_columns_if_needed", "compute_loss"):
+        assert hasattr(trl.DistillationTrainer, name), name
 
 
 def test_two_trainers_teach_each_other_in_turn():
