@@ -97,7 +97,7 @@ def agreement(
     check_temperature("agreement", temperature)
     check_workspace("agreement", workspace_bytes)
 
-    name = resolve("agreement", backend, student.hidden.device, student.shard.split)
+    name = resolve("agreement", backend, student.hidden.device, student.shard.split, 1 + len(teachers), len(teachers))
     if name == "reference":
         return reference.agreement(student, teachers, k=k, temperature=temperature)
     flat = flatten([student, *teachers])

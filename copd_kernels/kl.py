@@ -348,7 +348,7 @@ def kl(
     check_teachers("kl", student, teachers, teacher_index, temperature, token_weight)
     check_workspace("kl", workspace_bytes)
 
-    name = resolve("kl", backend, device, student.shard.split)
+    name = resolve("kl", backend, device, student.shard.split, 1 + T, T if teacher_index is None else 1)
     if name == "reference":
         if teacher_weight is not None:
             wide = (T, *[1] * len(shape)) if teacher_weight.dim() == 1 else teacher_weight.shape

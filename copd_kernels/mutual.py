@@ -215,7 +215,8 @@ def mutual_kl(
     check("mutual_kl", "edge_weight", edge_weight.device == device, rule, edge_weight.device)
     edge_weight = edge_weight.detach().to(dtype)
 
-    name = resolve("mutual_kl", backend, device, first.shard.split)
+    students = [s for s, _ in edges]
+    name = resolve("mutual_kl", backend, device, first.shard.split, K, max(students.count(s) for s in students))
     if name == "reference":
         return reference.mutual_kl(
             heads,
@@ -226,7 +227,6 @@ def mutual_kl(
             temperature=temperature,
             token_weight=token_weight,
         )
-    students = {s for s, _ in edges}
     heads = [head if k in students else head.detach() for k, head in enumerate(heads)]
     flat = flatten(heads)
     total, edge_sum, _ = mutual_op(

@@ -23,6 +23,7 @@ from omegaconf import OmegaConf
 
 from copd import files, log, schema
 from copd.lab.config import LabConfig
+from copd.lab.warmstart import WARM
 from copd.train.interrupts import Interrupts
 
 METHODS = ("independent", "copd", "mixed", "mopd")
@@ -143,11 +144,13 @@ def run(study: Study) -> list[Path]:
 
 
 def progress(path: Path) -> str:
-    """Where a run is, from the last line of its metrics."""
+    """Where a run is, from the last line of its metrics, or of its warm start in its log."""
     metrics = path.with_suffix("") / "metrics.jsonl"
     trained = [record for record in log.read(metrics) if record["kind"] == "train"]
     if not trained:
-        return "warm start"
+        said = path.with_suffix(".log")
+        lines = said.read_text(errors="replace").splitlines() if said.exists() else []
+        return next((line for line in reversed(lines) if line.startswith(WARM)), "begins")
     last = trained[-1]
     numbers = [f"{key} {last[key]:.2f}" for key in ("reward", "kl", "overlap") if key in last]
     return ", ".join([f"step {last['step']}", last["phase"], *numbers, f"{last['tokens_per_s']:.0f} tokens/s"])

@@ -7,6 +7,7 @@ Stage 1 imitates correct solutions until every domain is answered; stage 2 imita
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from dataclasses import replace
@@ -26,6 +27,9 @@ from copd.schema import digest
 from copd.task import Task
 from copd_kernels import Head, logprob
 
+logger = logging.getLogger("copd")
+WARM = "warm start:"
+"""how its lines in a log begin"""
 SLIP_LR = (1e-3, 1e-4)
 WARMUP_STEPS = 50
 
@@ -86,9 +90,14 @@ def _train(
                     share = 3 if reached[task.name] >= warm.target_accuracy else 1
                     batch[task.name] = max(1, whole[task.name] // share)
                 history.append({"step": step} | reached)
-                bar.set_postfix({name: f"{value:.2f}" for name, value in reached.items()})
+                found = ", ".join(f"{name} {value:.2f}" for name, value in reached.items())
+                bar.set_postfix_str(found)
+                if bar.disable:
+                    logger.info("%s step %d of at most %d, %s", WARM, step, warm.clean_steps, found)
                 if min(reached.values()) >= warm.target_accuracy:
                     break
+        if bar.disable:
+            logger.info("%s %d steps with slips", WARM, warm.slip_steps)
         for after in range(warm.slip_steps):
             update(step + after, SLIP_LR[0] + (SLIP_LR[1] - SLIP_LR[0]) * (after / warm.slip_steps), whole, False)
     return history

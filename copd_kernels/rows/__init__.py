@@ -37,14 +37,22 @@ from ..checks import check_option
 BACKENDS = ("torch", "triton", "native")
 # what `backend=None` takes, the first that is available; native rows on CUDA wait for a measurement against Triton's
 DEFAULTS = {"cuda": ("triton", "torch"), "cpu": ("native", "torch")}
-
+# the Triton kernels are told a student's teachers in one 64-bit integer, a head number each
+HEAD_BITS = 5
+MAX_HEADS = {"triton": 1 << HEAD_BITS}
+MAX_TEACHERS = {"triton": 12, "native": 16}
 
 # those that can pause between statistics and gradient, while ranks that share a vocabulary exchange them
 STAGED = ("torch", "triton")
 
 
-def resolve(op: str, backend: str | None, device: Device, split: bool = False) -> str:
-    """The backend's name: the argument, COPD_BACKEND, or the fastest this machine has for the device."""
+def resolve(
+    op: str, backend: str | None, device: Device, split: bool = False, heads: int = 1, teachers: int = 0
+) -> str:
+    """The backend's name: the argument, COPD_BACKEND, or the fastest this machine has for the device and the heads.
+
+    `teachers` are those of the student that has most.
+    """
     name = backend or os.environ.get("COPD_BACKEND")
     if name:
         check_option(op, "backend", name, (*BACKENDS, "reference"))
@@ -54,9 +62,24 @@ def resolve(op: str, backend: str | None, device: Device, split: bool = False) -
         if split and name not in STAGED:
             rule = f"be one of {', '.join(STAGED)} for a vocabulary split over ranks; got {name!r}"
             raise NotImplementedError(f"{op}: backend must {rule}")
+        broken = crowded(name, device, heads, teachers)
+        if broken:
+            raise NotImplementedError(f"{op}: {broken} for backend {name!r}; use backend='torch'")
         return name
     names = [name for name in DEFAULTS.get(device.type, ("torch",)) if name in STAGED or not split]
-    return next(name for name in names if missing(name, device) is None)
+    return next(
+        name for name in names if missing(name, device) is None and crowded(name, device, heads, teachers) is None
+    )
+
+
+def crowded(name: str, device: Device, heads: int, teachers: int) -> str | None:
+    """The rule that so many heads, or teachers of one student, break; None if the backend's kernels take them."""
+    if name == "native" and device.type == "cpu":
+        return None
+    for what, count, limits in (("heads", heads, MAX_HEADS), ("teachers", teachers, MAX_TEACHERS)):
+        if count > limits.get(name, count):
+            return f"{what} must number at most {limits[name]}; got {count}"
+    return None
 
 
 # a machine does not change while torch.compile traces

@@ -153,3 +153,10 @@ def test_what_a_restart_left_aside_and_a_cut_off_line_are_passed_over(tmp_path):
     record = {"kind": "train", "step": 3, "phase": "rl", "reward": 0.5, "tokens_per_s": 10.0}
     (run / "metrics.jsonl").write_text(json.dumps(record) + "\n" + '{"kind": "tr')
     assert study.progress(tmp_path / "run.yaml") == "step 3, rl, reward 0.50, 10 tokens/s"
+
+
+def test_progress_is_shown_from_the_warm_start_on(tmp_path):
+    assert study.progress(tmp_path / "run.yaml") == "begins"
+    lines = ["warm start: step 50 of at most 100, text 0.20", "warm start: step 100 of at most 100, text 0.80", "other"]
+    (tmp_path / "run.log").write_text("\n".join(lines))
+    assert study.progress(tmp_path / "run.yaml") == lines[1]

@@ -1,6 +1,7 @@
 """The warm start: it learns, it is cached, and it needs worked answers."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ from copd_cases import make_config, same
 from copd.lab.tasks import vocabulary
 from copd.lab.tasks.arithmetic import Arithmetic
 from copd.lab.tiny import build_tiny
-from copd.lab.warmstart import warm_start
+from copd.lab.warmstart import WARM, warm_start
 from copd.rollout import generate, rewards, special_tokens
 
 # one addition modulo 3: learnt in seconds
@@ -24,11 +25,17 @@ def make(tmp_path, *overrides):
     return cfg, model, processor, Arithmetic("text", **cfg.branches["text"].options)
 
 
-def test_it_teaches_the_task_and_is_made_once(tmp_path):
+def test_it_teaches_the_task_and_is_made_once(tmp_path, caplog):
     cfg, model, processor, task = make(tmp_path)
+    caplog.set_level("INFO", "copd")
     made = warm_start(model, processor, [task], cfg)
     (folder,) = (tmp_path / "warmstart").iterdir()
     assert [check["step"] for check in json.loads((folder / "accuracy.json").read_text())] == [50, 100, 150]
+    said = [line for line in caplog.messages if line.startswith(WARM)]
+    assert [re.sub(r"[01]\.\d\d", "x", line) for line in said] == [
+        *(f"warm start: step {step} of at most 150, text x" for step in (50, 100, 150)),
+        "warm start: 0 steps with slips",
+    ]
     rows = [task.prompt(i) for i in range(64)]
     learnt = generate(made, rows, 1, cfg.rollout, special_tokens(made, processor), 0, greedy=True)
     assert rewards(task, learnt).mean() >= 0.9

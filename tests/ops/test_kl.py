@@ -14,7 +14,7 @@ from kernel_cases import (
     relative,
 )
 
-from copd_kernels import Head, kl
+from copd_kernels import Head, kl, rows
 from copd_kernels.reference import log_softmax
 
 
@@ -359,5 +359,12 @@ def test_an_absent_backend_names_the_fix(monkeypatch):
 
 def test_more_teachers_than_the_triton_rows_hold_names_another_backend():
     teacher = make(2, 8, 50)
-    with pytest.raises(NotImplementedError, match="use backend='torch'"):
+    with pytest.raises(NotImplementedError, match=r"kl: teachers must .* at most 12; got 13 .*'torch'"):
         kl(make(2, 8, 50), [teacher] * 13, backend="triton")
+
+
+def test_where_no_backend_is_named_one_is_taken_that_holds_all_teachers(monkeypatch):
+    monkeypatch.setattr(rows, "DEFAULTS", {"cpu": ("triton", "torch")})
+    assert rows.resolve("kl", None, torch.device("cpu"), heads=13, teachers=12) == "triton"
+    assert rows.resolve("kl", None, torch.device("cpu"), heads=14, teachers=13) == "torch"
+    assert rows.resolve("mutual_kl", None, torch.device("cpu"), heads=33, teachers=2) == "torch"
