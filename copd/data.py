@@ -1,19 +1,17 @@
-"""Rows from files: JSONL or Hugging Face `datasets`, with images and folders of frames, through the model's processor.
+"""Rows from files: JSONL or Hugging Face `datasets`, with images and videos, through the model's processor.
 
-Columns are TRL's: `prompt` (text or chat messages), `images` (or `image`), `video`, and any other, which the rewards
-get. An image is a path, relative to the file that names it, or an image that `datasets` decoded. A video is a folder
-of frames or a list of them.
+Columns are `prompt` (text or chat messages), `images` (or `image`), `videos` (or `video`), and any other, which the
+rewards get; `copd.rows` takes other spellings to these, `copd.media` decodes what they hold.
 """
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import inspect
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,18 +19,16 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from torch import Tensor
-from transformers.video_utils import VideoMetadata
 
-from copd import rewards
+from copd import media, rewards, rows
+from copd.rows import MEDIA_COLUMNS
 from copd.schema import digest
 from copd.settings import DataConfig
 from copd.task import Prompt, Split
 
 logger = logging.getLogger("copd")
 Rows = Sequence[dict[str, Any]]
-MEDIA_COLUMNS = ("images", "image", "video")
 TABLES = {".json": "json", ".csv": "csv", ".parquet": "parquet"}
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 THUMBNAIL = 256  # pixels of the longer side of the images kept for the report
 
 
@@ -43,9 +39,12 @@ class FileTask:
         self.name, self.cfg, self.processor = name, cfg, processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.chat = cfg.chat and getattr(processor, "chat_template", None) is not None
+        self.placeholders = placeholders(processor, cfg)
         self.functions = [rewards.load(reward) for reward in cfg.rewards]
         self.reward_stats: dict[str, float] = {}
         """mean and standard deviation of each reward in the last call, for the log"""
+        self.overlong: set[tuple[Split, int]] = set()
+        """rows that have been replaced by the next one"""
         train = test = read(cfg.path, cfg.split, cfg.config_name)
         if cfg.test_path is None and cfg.test_split is None:
             kept: Sequence[int] = range(len(train) - cfg.test_rows)
@@ -53,14 +52,17 @@ class FileTask:
         else:
             test = read(cfg.test_path or cfg.path, cfg.test_split or cfg.split, cfg.config_name)
             kept, held_out = range(len(train)), range(len(test))
+        whole = len(kept)
         kept = unseen(train, kept, test, held_out)
+        what = f"{len(kept)} rows to train on, {len(held_out)} to test on"
+        logger.info("%s: %s; left out: %d that equal a test row", name, what, whole - len(kept))
         if not (len(kept) and len(held_out)):
             got = f"{len(train)} rows of {cfg.path} and test_rows {cfg.test_rows}"
             raise ValueError(f"{name}: data must leave rows to train on and rows to test on; got {got}")
         self.rows: dict[Split, tuple[Rows, Sequence[int]]] = {"train": (train, kept), "test": (test, held_out)}
         self.files: dict[Split, str] = {"train": cfg.path, "test": cfg.test_path or cfg.path}
-        for split, (rows, indices) in self.rows.items():
-            if isinstance(rows, list):  # cheap enough to find what is missing before the first step
+        for split, (table, indices) in self.rows.items():
+            if isinstance(table, list):  # cheap enough to find what is missing before the first step
                 for index in range(len(indices)):
                     self._check(split, index)
             else:
@@ -81,6 +83,10 @@ class FileTask:
                 where, length = self._where(split, row), len(prompt.input_ids)
                 what = "raise max_prompt_tokens, or set overlong to next"
                 raise ValueError(f"{where}: prompt must have at most {limit} tokens; got {length}; {what}")
+            if (split, row) not in self.overlong:
+                self.overlong.add((split, row))
+                rule = f"prompt of {len(prompt.input_ids)} tokens left out for the next that has at most {limit}"
+                logger.warning("%s: %s; %d so far", self._where(split, row), rule, len(self.overlong))
         raise ValueError(f"{self.name}: one {split} prompt must have at most {limit} tokens; got none")
 
     def decode(self, tokens: list[int]) -> str:
@@ -94,7 +100,7 @@ class FileTask:
         """
         names = sorted({name for prompt in prompts for name in prompt.columns})
         columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
-        asked = [self._row(*self._place(prompt))[self.cfg.prompt_column] for prompt in prompts]
+        asked = [self._row(*self._place(prompt))["prompt"] for prompt in prompts]
         answered = [
             text if isinstance(question, str) else [{"role": "assistant", "content": text}]
             for question, text in zip(asked, completions, strict=True)
@@ -118,25 +124,36 @@ class FileTask:
         return ("train", prompt.index) if prompt.index >= 0 else ("test", -1 - prompt.index)
 
     def _row(self, split: Split, index: int) -> dict[str, Any]:
-        rows, indices = self.rows[split]
-        return rows[indices[index]]
+        found, indices = self.rows[split]
+        return rows.named(found[indices[index]], self.cfg)
 
     def _where(self, split: Split, index: int) -> str:
         return f"{self.name}: row {self.rows[split][1][index]} of {self.files[split]}"
 
     def _check(self, split: Split, index: int) -> None:
         """Raises `ValueError` for a row that no step could use: prompt, media, and the columns that rewards ask for."""
-        self._media(split, index)
-        row, where, column = self._row(split, index), self._where(split, index), self.cfg.prompt_column
-        if clash := {"prompts", "completions"} & row.keys() - {column}:
+        row, where = self._row(split, index), self._where(split, index)
+        if not isinstance(row.get("prompt"), str | list) or not row["prompt"]:
+            asked = (rows.FORMATS[self.cfg.format] | self.cfg.columns).get("prompt", "prompt")
+            raise ValueError(f"{where}: {asked} must be text or a list of messages; got {row.get('prompt')!r}")
+        if clash := {"prompts", "completions"} & row.keys():
             rule = "columns must not be called prompts or completions, which every reward is handed"
             raise ValueError(f"{where}: {rule}; got {sorted(clash)[0]!r}")
-        for message in [] if isinstance(row[column], str) else row[column]:
+        for message in [] if isinstance(row["prompt"], str) else row["prompt"]:
             if not (isinstance(message, dict) and "role" in message and isinstance(message.get("content"), str | list)):
                 raise ValueError(f"{where}: messages must have a role, and content as text or parts; got {message!r}")
-        if not isinstance(row[column], str) and all(message["role"] != "user" for message in row[column]):
-            roles = [message["role"] for message in row[column]]
+        if not isinstance(row["prompt"], str) and all(message["role"] != "user" for message in row["prompt"]):
+            roles = [message["role"] for message in row["prompt"]]
             raise ValueError(f"{where}: messages must hold a user turn; got roles {roles}")
+        if name := rows.unused(row, self.cfg):
+            rule = f"pictures and videos must be in a column called {', '.join(MEDIA_COLUMNS)}"
+            raise ValueError(f"{where}: {rule}; got {name!r}; data.columns tells which is which, or none of them")
+        _, held = self._placed(row, where)
+        if any(held.values()) and self.processor is self.tokenizer:
+            raise ValueError(f"{where}: the model must read images; got a tokenizer alone")
+        for kind, items in held.items():
+            for item in items:
+                self._decoded(kind, item, where, split, media.source)
         missing = [
             rewards.needed(function) - {k for k, v in row.items() if v is not None} for function in self.functions
         ]
@@ -144,53 +161,64 @@ class FileTask:
             got = f"no {sorted(missing[0])[0]} for {self.cfg.rewards[0]}"
             raise ValueError(f"{where}: row must have the columns that one of its rewards asks for; got {got}")
 
-    def _media(self, split: Split, index: int) -> tuple[list[Any], list[Any]]:
-        """Images and frames of a row, paths resolved against the folder of its file.
+    def _placed(self, row: dict[str, Any], where: str) -> tuple[Any, dict[str, list[Any]]]:
+        """The prompt with its media in their places, and those media."""
+        prompt, held = row["prompt"], rows.media_of(row)
+        if not self.chat:
+            if not isinstance(prompt, str):
+                raise ValueError(f"{where}: messages must have a chat template; got a model without, or chat false")
+            return "\n\n".join(filter(None, [self.cfg.system_prompt, prompt])), held
+        messages: list[dict[str, Any]] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if self.cfg.system_prompt is not None and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.cfg.system_prompt}, *messages]
+        try:
+            messages, held = rows.placed(messages, held)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        text = "\n".join(part.get("text", "") for message in messages for part in message["content"])
+        if self.processor is self.tokenizer:
+            joined = ["".join(part.get("text", "") for part in message["content"]) for message in messages]
+            messages = [message | {"content": words} for message, words in zip(messages, joined, strict=True)]
+        elif typed := [word for word in self.placeholders if word in text]:
+            raise ValueError(
+                f"{where}: text must not hold the place of a picture or video that is not there; got {typed[0]}"
+            )
+        return messages, held
 
-        Raises `ValueError` for a row without prompt, or whose image or frames are not there.
-        """
-        row, where, column = self._row(split, index), self._where(split, index), self.cfg.prompt_column
-        if not isinstance(row.get(column), str | list) or not row[column]:
-            raise ValueError(f"{where}: {column} must be text or a list of messages; got {row.get(column)!r}")
+    def _decoded(self, kind: str, item: Any, where: str, split: Split, read: Callable[..., Any], *how: Any) -> Any:
         file = Path(self.files[split])
-        folder = file if file.is_dir() else file.parent
-        images, frames = row.get("images") or row.get("image") or [], row.get("video") or []
-        if isinstance(frames, str):
-            found = [path for path in (folder / frames).glob("*") if path.suffix.lower() in IMAGE_SUFFIXES]
-            frames = sorted(found, key=_natural) or [frames]
-        media: list[list[Any]] = []
-        for kind, items, rule in (
-            ("images", images if isinstance(images, list) else [images], "be an image file"),
-            ("video", frames, "be a folder of frames or a list of them"),
-        ):
-            media.append([folder / item if isinstance(item, str) else item for item in items])
-            for item in media[-1]:
-                if isinstance(item, Path) and not item.is_file():
-                    raise ValueError(f"{where}: {kind} must {rule}; got {item}")
-                if not isinstance(item, Path | Image.Image):
-                    raise ValueError(f"{where}: {kind} must be paths; got {type(item).__name__}")
-        return media[0], media[1]
+        rule = {
+            "image": "be a path, a URL, bytes or a picture",
+            "video": "be a file, a folder of frames or a list of them",
+        }[kind]
+        try:
+            return read(item, file if file.is_dir() else file.parent, *how)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{where}: {kind} must {rule}; got {error}") from error
 
     def _prompt(self, index: int, split: Split) -> Prompt:
-        images, frames = self._media(split, index)
-        row, where, column = self._row(split, index), self._where(split, index), self.cfg.prompt_column
-        count = min(len(frames), self.cfg.max_frames or len(frames))
-        chosen = np.linspace(0, len(frames) - 1, count).round().astype(int).tolist()
-        metadata = VideoMetadata(total_num_frames=len(frames), fps=self.cfg.fps, frames_indices=chosen)
-        images, frames = [_rgb(image) for image in images], [_rgb(frames[i]) for i in chosen]
-        text = self._render(row[column], len(images), bool(frames), where)
-        media: dict[str, Any] = {"images": images} if images else {}
-        if frames:
-            video = np.stack([np.asarray(frame) for frame in frames])  # (frames, H, W, 3)
-            media |= {"videos": [video], "video_metadata": [metadata], "do_sample_frames": False}
-        if not media:
-            inputs = dict(self.tokenizer([text], return_tensors="pt", add_special_tokens=not self.chat))
-        elif self.processor is self.tokenizer:
-            raise ValueError(f"{where}: the model must read images; got a tokenizer alone")
-        else:
-            inputs = dict(self.processor(text=[text], return_tensors="pt", **media))
+        row, where = self._row(split, index), self._where(split, index)
+        placed, held = self._placed(row, where)
+        images = [self._decoded("image", item, where, split, media.read_image) for item in held["image"]]
+        how = (media.read_video, self.cfg.fps, self.cfg.max_frames)
+        videos = [self._decoded("video", item, where, split, *how) for item in held["video"]]
+        text = self._render(placed)
+        inputs: dict[str, Any] = {}
+        if images:
+            inputs["images"] = images
+        if videos:
+            frames, metadata = ([video[i] for video in videos] for i in (0, 1))
+            inputs |= {"videos": frames, "video_metadata": metadata, "do_sample_frames": False}
+        try:
+            if inputs:
+                inputs = dict(self.processor(text=[text], return_tensors="pt", **inputs))
+            else:
+                inputs = dict(self.tokenizer([text], return_tensors="pt", add_special_tokens=not self.chat))
+        except (ValueError, TypeError, IndexError) as error:
+            raise ValueError(f"{where}: the model's processor must read it; got {error}") from error
         input_ids = inputs.pop("input_ids")[0].tolist()
         kinds = inputs.pop("mm_token_type_ids", inputs.pop("token_type_ids", None))
+        shown = images + [Image.fromarray(frame) for frames, _ in videos for frame in frames]
         return Prompt(
             task=self.name,
             index=index if split == "train" else -1 - index,
@@ -200,51 +228,44 @@ class FileTask:
             media={
                 name: value for name, value in inputs.items() if name != "attention_mask" and isinstance(value, Tensor)
             },
-            columns={k: v for k, v in row.items() if k not in (column, *MEDIA_COLUMNS)},
-            images=[_thumbnail(image) for image in images + frames],
+            columns={name: value for name, value in row.items() if name not in ("prompt", *MEDIA_COLUMNS)},
+            images=[_thumbnail(image) for image in shown],
         )
 
-    def _render(self, prompt: str | list[dict[str, Any]], images: int, video: bool, where: str) -> str:
+    def _render(self, placed: Any) -> str:
         """The prompt as the model reads it, with one placeholder for each image and video."""
         if not self.chat:
-            if not isinstance(prompt, str):
-                raise ValueError(f"{where}: messages must have a chat template; got a model without, or chat false")
-            return "\n\n".join(filter(None, [self.cfg.system_prompt, prompt]))
-        asked: list[dict[str, Any]] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        messages = copy.deepcopy(asked)
-        if self.cfg.system_prompt is not None and messages[0]["role"] != "system":
-            messages.insert(0, {"role": "system", "content": self.cfg.system_prompt})
-        for message in messages:
-            if isinstance(message["content"], str) and self.processor is not self.tokenizer:
-                message["content"] = [{"type": "text", "text": message["content"]}]
-        content = [part for m in messages if isinstance(m["content"], list) for part in m["content"]]
-        for kind, wanted in (("image", images), ("video", int(video))):
-            placed = sum(part["type"] == kind for part in content)
-            if not placed and wanted:  # ahead of the first user turn, as TRL puts them
-                user = next(message for message in messages if message["role"] == "user")
-                user["content"] = [{"type": kind}] * wanted + user["content"]
-            elif placed != wanted:
-                raise ValueError(f"{where}: messages must place each {kind} once, {wanted} in all; got {placed}")
-        begun = messages[-1]["role"] == "assistant"  # the completion goes on from there
-        return self.processor.apply_chat_template(
-            messages,
+            return str(placed)
+        begun = placed[-1]["role"] == "assistant"  # the completion goes on from there
+        rendered: str = self.processor.apply_chat_template(
+            placed,
             tokenize=False,
             add_generation_prompt=not begun,
             continue_final_message=begun,
             **self.cfg.chat_template_kwargs,
         )
+        return rendered
+
+
+def placeholders(processor: Any, cfg: DataConfig) -> set[str]:
+    """Words of a text that stand for pictures or videos: the processor's own, and those that data sets use."""
+    named = re.compile(r"(\w*image|video|vision\w*|boi|eoi)_token$")
+    owners = (processor, getattr(processor, "tokenizer", processor))
+    own = {getattr(owner, name, None) for owner in owners for name in dir(owner) if named.match(name)}
+    own |= {f"<{kind}>" for kind in ("image", "video") if cfg.columns.get(f"{kind}s", kind) is not None}
+    return {word for word in own if isinstance(word, str) and word}
 
 
 def unseen(train: Rows, kept: Sequence[int], test: Rows, held_out: Sequence[int]) -> Sequence[int]:
     """Those of `kept` that equal no held-out row. Media are decoded only where everything else is equal."""
 
-    def texts(rows: Any) -> Rows:
-        if isinstance(rows, list):
-            return [{name: value for name, value in row.items() if name not in MEDIA_COLUMNS} for row in rows]
-        return rows.remove_columns([name for name in MEDIA_COLUMNS if name in rows.column_names])
+    def texts(table: Any) -> Rows:
+        if isinstance(table, list):
+            return [{name: value for name, value in row.items() if name not in MEDIA_COLUMNS} for row in table]
+        return table.remove_columns([name for name in MEDIA_COLUMNS if name in table.column_names])
 
     def key(row: dict[str, Any]) -> str:
-        return json.dumps(row, sort_keys=True, default=lambda image: str((image.size, image.tobytes())))
+        return json.dumps(row, sort_keys=True, default=_plain)
 
     train_texts, test_texts = texts(train), texts(test)
     alike: dict[str, list[int]] = {}
@@ -309,13 +330,8 @@ def _digest(file: Path, changed: int, size: int) -> str:
     return f"{file.name} {size}"
 
 
-def _natural(path: Path) -> list[Any]:
-    """frame_2 before frame_10."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
-
-
-def _rgb(image: Path | Image.Image) -> Image.Image:
-    return (image if isinstance(image, Image.Image) else Image.open(image)).convert("RGB")
+def _plain(held: Any) -> str:
+    return str((held.size, held.tobytes())) if isinstance(held, Image.Image) else repr(held)
 
 
 def _thumbnail(image: Image.Image) -> np.ndarray:

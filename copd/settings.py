@@ -68,8 +68,11 @@ class DataConfig:
     """split of a Hugging Face dataset to test on"""
     test_rows: int = 64
     """rows held out when there is neither `test_path` nor `test_split`"""
-    prompt_column: str = "prompt"
-    """text or chat messages"""
+    format: Literal["trl", "verl", "easyr1"] = "trl"
+    """whose names the columns have"""
+    columns: dict[str, Any] = field(default_factory=dict)
+    """other names: ours to theirs, where a dot reaches into a column, as `answer: reward_model.ground_truth`; null for
+    a column that is not to be read, as `images: null`"""
     chat: bool = True
     """a prompt goes through the model's chat template, if it has one; False takes text as it is"""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -89,7 +92,7 @@ class DataConfig:
     max_frames: int | None = None
     """frames kept of a video, evenly spaced; None keeps all"""
     fps: float = 2.0
-    """frames a second of the frame folders, for the timestamps"""
+    """frames a second that are taken from a video file, and that a folder of frames has"""
 
     def __post_init__(self) -> None:
         at_least(self, "data.", max_prompt_tokens=1, max_frames=1, test_rows=0)

@@ -75,7 +75,7 @@ def test_a_users_mistake_is_one_sentence_and_no_traceback(tmp_path, monkeypatch,
     [
         (["path=no.jsonl"], "which does not exist"),
         (
-            [f"path={DATA}", "test_rows=2", "prompt_column=problem"],
+            [f"path={DATA}", "test_rows=2", "columns.prompt=problem"],
             "problem must be text or a list of messages; got None",
         ),
         ([f"path={DATA}", "rewards=[exact]"], "rewards: name must be one of"),

@@ -221,9 +221,9 @@ def test_equal_rows_of_a_dataset_leave_the_training_split_and_other_images_stay(
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "Hi", "images": ["b.png"]}, r"words: row 1 of .*rows.jsonl: images must be an image file; .*b.png"),
-        ({"prompt": "Hi", "video": "gone"}, r"row 1 of .*rows.jsonl: video must be a folder of frames.*gone"),
-        ({"prompt": "Hi", "images": [3]}, "images must be paths; got int"),
+        ({"prompt": "Hi", "images": ["b.png"]}, r"words: row 1 of .*rows.jsonl: image must be a path, a URL.*b.png"),
+        ({"prompt": "Hi", "video": "gone"}, r"row 1 of .*rows.jsonl: video must be a file, a folder of frames.*gone"),
+        ({"prompt": "Hi", "images": [3]}, "image must be a path, a URL, bytes or a picture; got int"),
         ({"answer": "4"}, "row 1 of .*: prompt must be text or a list of messages; got None"),
     ],
 )
@@ -234,15 +234,13 @@ def test_a_broken_row_is_found_before_training(processor, write, row, message):
 
 def test_media_must_be_placed_as_often_as_there_are(processor, write):
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "image"}]}]
-    task = FileTask("image", config(write({"prompt": chat, "images": ["a.png"]}, {"prompt": "Bye"})), processor)
     with pytest.raises(ValueError, match=r"row 0 of .*messages must place each image once, 1 in all; got 2"):
-        task.prompt(0)
+        FileTask("image", config(write({"prompt": chat, "images": ["a.png"]}, {"prompt": "Bye"})), processor)
 
 
 def test_a_text_model_refuses_images(processor, write):
-    task = FileTask("image", config(write(*rows(2, images=["a.png"])), chat=False), processor.tokenizer)
     with pytest.raises(ValueError, match=r"row 0 of .*the model must read images; got a tokenizer alone"):
-        task.prompt(0)
+        FileTask("image", config(write(*rows(2, images=["a.png"])), chat=False), processor.tokenizer)
 
 
 def test_an_overlong_prompt_is_an_error_or_the_next_row(processor, write):
