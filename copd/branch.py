@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from copd.batch import Batch, NonFiniteLoss, deal, draw
 from copd.config import Config
-from copd.distill import Lesson, TeacherScore, fixed_weights
+from copd.distill import Lesson, TeacherScore, fixed_weights, likeliest_words
 from copd.engine import Engine, Transformers
 from copd.loss import loss_of, mismatch
 from copd.model import hidden_states
@@ -151,12 +151,17 @@ class Branch:
 
     @torch.no_grad()
     def score(
-        self, rollout: Rollout, rows: slice | None = None, heads: bool = True, likeliest: int = 0
+        self,
+        rollout: Rollout,
+        rows: slice | None = None,
+        heads: bool = True,
+        likeliest: int = 0,
+        listed: int | None = None,
     ) -> TeacherScore:
         """This branch as teacher of another's rollout, or of some rows, with the weights of this very moment.
 
-        Log-probs; the `heads`, where a divergence over the whole vocabulary is asked for; top words of the first
-        `likeliest` tokens.
+        Log-probs; the `heads`, where a divergence is asked for, or in their place the `listed` likeliest words; top
+        words of the first `likeliest` tokens.
         """
         cfg, weights = self.cfg, self.frozen or self.weights
         keep = self.device if not cfg.offload else torch.device("cpu")
@@ -169,6 +174,9 @@ class Branch:
                     score.likeliest.append(top_k(replace(head, hidden=head.hidden[:likeliest]), cfg.eval.top_k).int())
                     likeliest -= len(tokens)
                 if not heads:
+                    continue
+                if listed is not None:
+                    score.heads.append(likeliest_words(head, listed, cfg.rollout.temperature, keep))
                     continue
                 if lm_head is None:  # of its own where it trains: a frozen one does not move before students read it
                     lm_head = (head.lm_head.clone() if head.lm_head.requires_grad else head.lm_head).to(keep)

@@ -1,7 +1,8 @@
 """On-policy distillation: what a teacher says about the student's own tokens, and the loss it makes.
 
 `sampled`: advantage β δ_t with δ_t = log π_teacher(y_t) − log π_student(y_t), in the policy loss of `copd.rlvr`.
-`reverse`, `forward`, `jsd`: β Σ_t w_t D(teacher, student) over the whole vocabulary, by `copd_kernels.kl`.
+`reverse`, `forward`, `jsd`: β Σ_t w_t D(teacher, student) over the whole vocabulary, by `copd_kernels.kl`; or over the
+teacher's likeliest words and one for all others (`opd.teacher_top_k`).
 
 Forward KL is the only one of them that moves a student which is confidently wrong: its gradient in the logits is p − q,
 where that of the others vanishes with the student's own probability of what the teacher would say.
@@ -17,7 +18,7 @@ from torch import Tensor
 from copd.config import Config
 from copd.rollout import Rollout
 from copd.settings import OPDConfig
-from copd_kernels import Head, kl
+from copd_kernels import Head, TopK, kl, topk
 
 
 @dataclass
@@ -29,15 +30,23 @@ class TeacherScore:
     """the rows of the rollout that it scores, and N counts; None for all"""
     logp: list[Tensor] = field(default_factory=list)
     """(N,) fp32 log-probs of the sampled tokens; none until the teacher has answered"""
-    heads: list[Head] = field(default_factory=list)
-    """hidden states (N, D), and the `lm_head` as it was: the live one moves before all students have read it; for the
-    signals that need them"""
+    heads: list[Head | TopK] = field(default_factory=list)
+    """hidden states (N, D), and the `lm_head` as it was: the live one moves before all students have read it; or its
+    likeliest words (N, k); for the signals that need them"""
     likeliest: list[Tensor] = field(default_factory=list)
     """(M, k) int32, its top words at the first M of the N tokens, in no order; for what is logged"""
 
-    def head(self, micro: int, device: torch.device) -> Head:
+    def head(self, micro: int, device: torch.device) -> Head | TopK:
         head = self.heads[micro]
+        if isinstance(head, TopK):
+            return replace(head, ids=head.ids.to(device), logp=head.logp.to(device))
         return replace(head, hidden=head.hidden.to(device), lm_head=head.lm_head.to(device))
+
+
+def likeliest_words(head: Head, k: int, temperature: float, device: torch.device) -> TopK:
+    """What a teacher tells of itself where it does not tell everything; of a vocabulary of fewer than k words, all."""
+    ids, logp = topk(head, min(k, head.V), temperature=temperature)
+    return TopK(ids.to(device), logp.to(device), temperature=temperature)
 
 
 def delta(teacher_logp: Tensor, logp_old: Tensor, cfg: OPDConfig) -> Tensor:

@@ -179,6 +179,9 @@ class OPDConfig:
     """every distillation step also takes a native GRPO batch; False distils alone"""
     teacher: Literal["live", "phase_start"] = "live"
     """`live`: the teacher's weights of this very step; `phase_start`: frozen when the phase began"""
+    teacher_top_k: int | None = None
+    """a teacher tells its so many likeliest words and the mass of the rest, in place of hidden states and `lm_head`:
+    what a small message or a server can hold; of divergences, `consolidate`'s too; None tells everything"""
     teachers: Literal["owner", "all"] = "owner"
     """who scores a cross batch: the branch that owns its prompts, or every other branch in one sweep"""
     teacher_weight: Literal["fixed", "better"] = "fixed"
@@ -191,7 +194,7 @@ class OPDConfig:
     """positions of each cross batch on which overlap and KL are logged"""
 
     def __post_init__(self) -> None:
-        at_least(self, "opd.", beta=0, delta_clamp=0, overlap_tokens=0)
+        at_least(self, "opd.", beta=0, delta_clamp=0, overlap_tokens=0, teacher_top_k=1)
         require(0 <= self.jsd_beta <= 1, "opd.jsd_beta must be in [0, 1]", self.jsd_beta)
         weight = self.owner_weight
         require(weight is None or 0 <= weight <= 1, "opd.owner_weight must be in [0, 1]", weight)

@@ -79,8 +79,8 @@ def scored(batch: Batch, *teachers: Branch) -> Batch:
     """The batch with what its teachers say, as the loop would ask them."""
     lesson = batch.lesson
     for place, teacher in enumerate(teachers):
-        rows, heads = lesson.teachers[place].rows, lesson.signal != "sampled"
-        lesson.teachers[place] = teacher.score(batch.rollout, rows, heads, teacher.cfg.opd.overlap_tokens)
+        rows, heads, opd = lesson.teachers[place].rows, lesson.signal != "sampled", teacher.cfg.opd
+        lesson.teachers[place] = teacher.score(batch.rollout, rows, heads, opd.overlap_tokens, opd.teacher_top_k)
     return batch
 
 
