@@ -211,8 +211,8 @@ def gather(plan: Plan, phase: str, step: int) -> dict[str, list[Batch]]:
 
     def answer(edge: Edge, asked: tuple[Rollout, slice | None]) -> TeacherScore:
         # the sampled signal needs no more of the teacher than its log-probs
-        told = {"likeliest": cfg.opd.overlap_tokens, "listed": cfg.opd.teacher_top_k}
-        return here[edge[1]].score(*asked, heads=signal != "sampled", **told)
+        teacher, heads, opd = here[edge[1]], signal != "sampled", cfg.opd
+        return teacher.score(*asked, heads=heads, likeliest=opd.overlap_tokens, listed=opd.teacher_top_k)
 
     for edge, score in plan.place.exchange(edges, ask, answer, plan.branches[0].device):
         scores(edge)[edge[3]] = score

@@ -23,7 +23,7 @@ from copd.ranks import Place
 from copd.rollout import Rollout, completions, rewards, seed_of
 from copd.schema import digest
 from copd.task import Task
-from copd_kernels import agreement
+from copd_kernels import Head, agreement
 
 logger = logging.getLogger("copd")
 Record = dict[str, Any]
@@ -172,6 +172,7 @@ def divergence(student: Branch, rollout: Rollout, teacher: TeacherScore, task: T
         for micro, rows in enumerate(rollout.micro_batches(cfg.micro_batch_tokens)):
             head, tokens = student.head(rollout, rows)
             other = teacher.head(micro, student.device)
+            assert isinstance(other, Head)  # measured between whole distributions, whatever is told in training
             seen = agreement(head, [other], k=cfg.eval.top_k, temperature=cfg.rollout.temperature)
             sums = [total + value.sum().item() for total, value in zip(sums, seen, strict=True)]
             count += len(tokens)
