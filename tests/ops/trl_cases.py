@@ -112,19 +112,21 @@ def relative(ours, theirs):
     return ((ours - theirs).norm() / theirs.norm()).item()
 
 
-def grpo_inputs(trainer, model):
-    inputs = rollouts()
+def grpo_inputs(trainer, model, images=False):
+    inputs = rollouts(images=images)
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
     mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
     with torch.no_grad():
-        reference, _, _ = trainer._get_per_token_logps_and_entropies(model, ids, mask, 5)
-    return inputs | {"ref_per_token_logps": reference + 0.1}
+        media = {name: inputs[name] for name in ("pixel_values", "image_grid_thw", "mm_token_type_ids") if images}
+        media |= {"num_images": [1] * len(ids)} if images else {}
+        reference, _, _ = trainer._get_per_token_logps_and_entropies(model, ids, mask, 5, **media)
+    return inputs | media | {"ref_per_token_logps": reference + 0.1}
 
 
-def grpo_step(trainer):
+def grpo_step(trainer, images=False):
     trainer.current_gradient_accumulation_steps = 1
     trainer.model.train()
-    loss = trainer._compute_loss(trainer.model, grpo_inputs(trainer, trainer.model))
+    loss = trainer._compute_loss(trainer.model, grpo_inputs(trainer, trainer.model, images))
     return loss.detach(), gradient(trainer.model, loss)
 
 
