@@ -107,6 +107,7 @@ def distillation_errors(folder):
 
 @pytest.mark.parametrize("errors", [grpo_errors, distillation_errors])
 def test_gradients_of_two_ranks_are_trls(ranks, tmp_path, errors):
-    for found in ranks(2, errors, str(tmp_path)):
+    # importing trl takes its time on a busy machine
+    for found in ranks(2, errors, str(tmp_path), seconds=400):
         assert len(found) == 2 * len(WRAPPERS)
         assert max(found.values()) < 2e-6, found
