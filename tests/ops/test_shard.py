@@ -1,9 +1,19 @@
 """A vocabulary split over ranks gives what the whole one gives: values, gradients, the same bits on every rank."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+import torch.distributed as dist
 from kernel_cases import FLOOR, relative
-from split_cases import CHUNKED, KINDS, every_op, heads, leaves, mesh, split
+from split_cases import CHUNKED, KINDS, D, N, V, every_op, heads, leaves, mesh, parts, split, whole
+from torch.distributed.tensor import DTensor, Replicate
+
+from copd_kernels import agreement, kl, logprob, mutual_kl
+from copd_kernels.agreement import agreement_op
+from copd_kernels.flatten import flatten, number
+from copd_kernels.kl import kl_op
+from copd_kernels.logprob import logprob_op
 
 
 def on_ranks(kinds, dtype, backend):
@@ -50,3 +60,139 @@ def test_every_op_is_as_exact_as_over_whole_rows(ranks, run):
             assert error <= allowed, f"{kind}, {name}: {error:.2e}, allowed {allowed:.2e}"
     for other in others:
         assert all(same_bits(other[kind][name], x) for kind in kinds for name, x in found[kind].items())
+
+
+def variety(heads, place):
+    """What heads and arguments may be beside the ordinary; `place` puts plain hidden states where the heads' are."""
+    student, *teachers = heads
+    weight, index = torch.tensor([0.5, 2.0, 0.0]).to(student.hidden.dtype), torch.tensor([1, 0, -1, 2, 1])
+    temperature = torch.linspace(0.7, 1.5, N)
+    apart = [replace(t, hidden=place(whole(t.hidden)[index == j])) for j, t in enumerate(teachers)]
+    tokens = torch.tensor([0, 3, -100, V - 1, 4])
+    none = [replace(head, hidden=place(whole(head.hidden)[:0]).requires_grad_()) for head in heads]
+    with torch.autocast("cpu", torch.bfloat16, enabled=student.hidden.dtype == torch.float32):
+        told = kl(student, teachers, divergence="symmetric", temperature=temperature, stats=True)
+        values = {
+            "weighted": kl(student, teachers, teacher_weight=weight),
+            "weighted jsd": kl(student, teachers, divergence="jsd", beta=0.05, teacher_weight=weight),
+            "routed": kl(student, apart, divergence="forward", teacher_index=index),
+            "told": told.loss,
+            "a temperature a token": logprob(student, tokens, temperature=temperature).logp.sum(),
+            "logits kept": logprob(student, tokens, recompute=False).entropy.sum(),
+            "no token": kl(none[0], none[1]) + logprob(none[0], tokens[:0]).logp.sum() + mutual_kl(none).loss,
+        }
+    results = {"entropy": told.entropy, "teacher_kl": told.teacher_kl}
+    for name, value in values.items():
+        learner = none[0] if name == "no token" else student
+        tensors = list(parts(learner).values())
+        made = torch.autograd.grad(value, tensors, retain_graph=True)
+        results[name] = value.detach()
+        assert [g.dtype for g in made] == [x.dtype for x in tensors]
+        results |= {f"{name}, {part}": whole(g) for part, g in zip(parts(learner), made, strict=True)}
+    return results
+
+
+def of_variety(dtype):
+    return heads("random", dtype, 4, scale=0.7, softcap=5.0)
+
+
+def variety_on_ranks():
+    over = mesh()
+    found = {}
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        place = lambda x: DTensor.from_local(x, over, [Replicate()], run_check=False)  # noqa: E731
+        found[dtype] = variety([split(head, over) for head in of_variety(dtype)], place)
+    return found
+
+
+def test_teachers_temperatures_autocast_and_no_token_at_all(ranks):
+    for found in ranks(3, variety_on_ranks):
+        for dtype, mine in found.items():
+            exact = variety([leaves(head, torch.float64) for head in of_variety(dtype)], lambda x: x)
+            alone = variety(of_variety(dtype), lambda x: x)
+            for name, want in exact.items():
+                error, allowed = relative(mine[name], want), 2 * relative(alone[name], want) + FLOOR[dtype]
+                assert error <= allowed, f"{dtype}, {name}: {error:.2e}, allowed {allowed:.2e}"
+
+
+def traffic():
+    """Of each op: collectives a chunk, and bytes a token that a rank sends in all-gathers and in all-reduces."""
+    over = mesh()
+    student, teacher = (split(head, over) for head in heads("random", torch.float32))
+    tokens = torch.arange(N)
+    runs = {
+        **{d: lambda d=d: kl(student, teacher, divergence=d).backward() for d in ("reverse", "forward", "jsd")},
+        "none": lambda: kl(student, teacher, reduction="none").sum().backward(),
+        "logprob": lambda: logprob(student, tokens).logp.sum().backward(),
+        "mutual_kl": lambda: mutual_kl([student, teacher]).loss.backward(),
+        "agreement": lambda: agreement(student, teacher, k=5),
+    }
+    sent, found = [], {}
+    gather, reduce = dist.all_gather, dist.all_reduce
+
+    def all_gather(parts, x, **options):
+        sent.append((0, x.numel() * x.itemsize))
+        gather(parts, x, **options)
+
+    def all_reduce(x, **options):
+        sent.append((1, x.numel() * x.itemsize))
+        reduce(x, **options)
+
+    dist.all_gather, dist.all_reduce = all_gather, all_reduce
+    try:
+        for name, run in runs.items():
+            sent.clear()
+            run()
+            sums = [sum(size for kind, size in sent if kind == k) for k in (0, 1)]
+            found[name] = [sum(kind == 0 for kind, _ in sent), sums[0] / N, sums[1] / N]
+    finally:
+        dist.all_gather, dist.all_reduce = gather, reduce
+    return found
+
+
+def test_five_numbers_a_side_and_the_hidden_states_gradient_travel(ranks):
+    dhidden = 4 * D
+    assert ranks(2, traffic)[0] == {
+        "reverse": [1, 40, dhidden],
+        "forward": [1, 40, dhidden],
+        "jsd": [2, 52, dhidden],
+        "none": [2, 80, dhidden],
+        "logprob": [1, 20, dhidden],
+        "mutual_kl": [2, 80, 2 * dhidden],
+        # the top-k ids and their logits of both
+        "agreement": [2, 40 + 2 * 5 * 8, 0],
+    }
+
+
+def compiled():
+    over = mesh()
+    student, teacher = (split(head, over) for head in heads("random", torch.float32))
+    tokens = torch.arange(N)
+
+    def loss(hidden, lm_head, bias, other):
+        head = replace(student, hidden=hidden, lm_head=lm_head, bias=bias)
+        of = replace(teacher, hidden=other)
+        together = mutual_kl([head, of]).loss + agreement(head, of, k=3).forward_kl.sum()
+        return kl(head, of, divergence="jsd") + logprob(head, tokens).logp.sum() + together
+
+    arguments = (*parts(student).values(), teacher.hidden)
+    values, gradients = [], []
+    for run in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        value = run(*arguments)
+        values.append(value.detach())
+        gradients.append([whole(g) for g in torch.autograd.grad(value, arguments[:3])])
+    for flat in (flatten([student, teacher]), flatten([head.detach() for head in (student, teacher)])):
+        tensors = (*(x[0] for x in flat[:3]), *(x[1:] for x in flat[:3]), torch.ones(1, 1), None, torch.ones(N))
+        rest = (number(0.5), number(1.0), flat.vocab_size, flat.shard, "jsd", "torch", 0, False, True)
+        torch.library.opcheck(kl_op, (*tensors, flat.numbers, *rest, [flat is not None] * 3))
+    rest = (number(1.0), flat.vocab_size[0], flat.shard, -100, "torch", 0, False, False)
+    torch.library.opcheck(logprob_op, (*(x[0] for x in flat[:3]), tokens, flat.numbers[0], *rest))
+    torch.library.opcheck(agreement_op, (*flat, 3, number(1.0), "torch", 0))
+    return values, gradients
+
+
+def test_compiles_without_a_graph_break_and_passes_opcheck(ranks):
+    for values, gradients in ranks(2, compiled):
+        assert torch.equal(*values)
+        for a, b in zip(*gradients, strict=True):
+            torch.testing.assert_close(a, b)
