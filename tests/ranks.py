@@ -116,6 +116,9 @@ def serve(connection: Connection) -> None:
         connection.send_bytes(pickle.dumps(answer))
         if dist.is_initialized():
             dist.destroy_process_group()
+        if "torch.distributed.tensor" in sys.modules:
+            # or an equal mesh of the next call would be taken for this one, whose group is gone
+            importlib.import_module("torch.distributed.tensor.debug")._clear_sharding_prop_cache()
         faulthandler.cancel_dump_traceback_later()
 
 

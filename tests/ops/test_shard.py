@@ -181,12 +181,13 @@ def compiled():
         value = run(*arguments)
         values.append(value.detach())
         gradients.append([whole(g) for g in torch.autograd.grad(value, arguments[:3])])
-    for flat in (flatten([student, teacher]), flatten([head.detach() for head in (student, teacher)])):
-        tensors = (*(x[0] for x in flat[:3]), *(x[1:] for x in flat[:3]), torch.ones(1, 1), None, torch.ones(N))
-        rest = (number(0.5), number(1.0), flat.vocab_size, flat.shard, "jsd", "torch", 0, False, True)
-        torch.library.opcheck(kl_op, (*tensors, flat.numbers, *rest, [flat is not None] * 3))
+    flat = flatten([student, teacher.detach()])
+    tensors = (*(x[0] for x in flat[:3]), *(x[1:] for x in flat[:3]), torch.ones(1, 1), None, torch.ones(N))
+    rest = (number(0.5), number(1.0), flat.vocab_size, flat.shard, "jsd", "torch", 0, False, True, [True] * 3)
+    torch.library.opcheck(kl_op, (*tensors, flat.numbers, *rest))
     rest = (number(1.0), flat.vocab_size[0], flat.shard, -100, "torch", 0, False, False)
     torch.library.opcheck(logprob_op, (*(x[0] for x in flat[:3]), tokens, flat.numbers[0], *rest))
+    flat = flatten([student.detach(), teacher.detach()])
     torch.library.opcheck(agreement_op, (*flat, 3, number(1.0), "torch", 0))
     return values, gradients
 
