@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -16,6 +17,17 @@ RUNS = [
     *(pytest.param(backend, "cpu", id=f"{backend}-cpu") for backend in BACKENDS),
     *(pytest.param(backend, "cuda", id=f"{backend}-cuda", marks=pytest.mark.gpu) for backend in BACKENDS),
 ]
+
+
+def each(*options):
+    """Every run with every combination of options; Triton's interpreter, which is slow, with every option once."""
+    some = [tuple(values[i % len(values)] for values in options) for i in range(max(map(len, options)))]
+    for run in RUNS:
+        for chosen in some if run.values == ("triton", "cpu") else itertools.product(*options):
+            name = "-".join(str(x) for x in (run.id, *chosen))
+            yield pytest.param(*run.values, *chosen, id=name, marks=run.marks)
+
+
 # one token; one exact tile; everything ragged and mutually prime; V one past and one short of a tile, and of a
 # power of two; huge V with tiny N, and the reverse
 SHAPES = {

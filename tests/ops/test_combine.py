@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_cases import DIVERGENCES, RUNS, assert_as_good_as_torch, cast, gradients, make, relative
+from kernel_cases import DIVERGENCES, RUNS, assert_as_good_as_torch, cast, each, gradients, make, relative
 
 from copd_kernels import Head, kl
 from copd_kernels.reference import diverge, log_softmax
@@ -23,9 +23,7 @@ def by_hand(student, teachers, weight, combine, divergence, beta=0.5, temperatur
     return weight.double().sum(0) * diverge(log_p, together, divergence, beta)
 
 
-@pytest.mark.parametrize(("backend", "device"), RUNS)
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("combine", KINDS)
+@pytest.mark.parametrize(("backend", "device", "divergence", "combine"), each(DIVERGENCES, KINDS))
 def test_matches_reference_and_its_definition(combine, divergence, backend, device):
     student = make(N, D, V, softcap=4.0, bias=torch.randn(V).requires_grad_())
     teachers = [make(N, 8, V, softcap=9.0), make(N, D, V, scale=1.5), make(N, 5, V)]
@@ -70,9 +68,7 @@ def test_a_mixture_is_no_further_and_a_product_is_what_the_mean_is_nearest_to():
         torch.testing.assert_close(g, gradients(product.sum(), student)[name])
 
 
-@pytest.mark.parametrize(("backend", "device"), RUNS)
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("combine", KINDS)
+@pytest.mark.parametrize(("backend", "device", "divergence", "combine"), each(DIVERGENCES, KINDS))
 def test_nearly_equal_distributions_keep_their_gradient(combine, divergence, backend, device):
     student = make(16, 32, 500, device=device)
     teachers = [make(16, 32, 500, device=device, like=student, noise=0.07) for _ in range(2)]

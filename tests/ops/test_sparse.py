@@ -10,6 +10,7 @@ from kernel_cases import (
     RUNS,
     assert_as_good_as_torch,
     cast,
+    each,
     gradients,
     make,
     relative,
@@ -19,6 +20,7 @@ from copd_kernels import Head, TopK, kl, logprob, topk
 from copd_kernels.reference import log_softmax
 
 TAILS = ("bucket", "renormalise", "ignore")
+HOW = [*zip(DIVERGENCES, [*TAILS, "bucket"], strict=True)]
 # two chunks of them for three heads and the sum of their gradients, the second shorter
 N, D, V, K = 7, 16, 67, 5
 WORKSPACE = 5_400
@@ -49,17 +51,14 @@ def compare(student, teachers, backend, device, dtype=torch.float32, **options):
     return made[0]
 
 
-@pytest.mark.parametrize(("backend", "device"), RUNS)
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize(("backend", "device", "divergence", "tail"), each(DIVERGENCES, TAILS))
 def test_a_list_matches_reference(tail, divergence, backend, device):
     compare(make(N, D, V), [listed(make(N, 8, V), tail=tail)], backend, device, divergence=divergence, beta=0.3)
 
 
-@pytest.mark.parametrize(("backend", "device"), RUNS)
-@pytest.mark.parametrize(("divergence", "tail"), zip(DIVERGENCES, [*TAILS, "bucket"], strict=True))
-@pytest.mark.parametrize("reduction", ["sum", "none"])
-def test_lists_and_heads_teach_together(reduction, divergence, tail, backend, device):
+@pytest.mark.parametrize(("backend", "device", "how", "reduction"), each(HOW, ["sum", "none"]))
+def test_lists_and_heads_teach_together(how, reduction, backend, device):
+    divergence, tail = how
     teachers = [make(N, 8, V, softcap=9.0), listed(make(N, 4, V), tail=tail, temperature=1.3)]
     teachers += [make(N, D, V), listed(make(N, 4, V), k=3, temperature=1.3)]
     weight, tokens = torch.rand(4, N), torch.rand(N)
@@ -86,9 +85,7 @@ def test_every_dtype_matches_reference(divergence, dtype):
     compare(make(N, D, V, dtype), teachers, "torch", "cpu", dtype, divergence=divergence)
 
 
-@pytest.mark.parametrize(("backend", "device"), RUNS)
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize(("backend", "device", "divergence", "tail"), each(DIVERGENCES, TAILS))
 def test_a_list_of_every_token_is_the_head(tail, divergence, backend, device):
     student, teacher = make(N, D, V, device=device), make(N, D, V, device=device)
     got = kl(student, listed(teacher, V, tail), divergence=divergence, backend=backend)
@@ -146,8 +143,7 @@ def test_gradcheck_passes_in_float64(tail, divergence):
         assert torch.autograd.gradcheck(lambda h, w, t=teachers: loss(h, w, t), arguments[:2])
 
 
-@pytest.mark.parametrize(("backend", "device"), RUNS)
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize(("backend", "device", "divergence"), each(DIVERGENCES))
 def test_a_peaked_row_keeps_its_gradient(divergence, backend, device):
     student = make(8, 16, 300, device=device, spread=0.3)
     with torch.no_grad():
@@ -196,10 +192,9 @@ def test_what_is_masked_reaches_nothing_and_what_is_not_comes_out(tail, backend,
     assert value.isnan().nonzero().tolist() == [[2], [5]]
 
 
-@pytest.mark.parametrize(("backend", "device"), RUNS)
-@pytest.mark.parametrize(("divergence", "tail"), zip(DIVERGENCES, [*TAILS, "bucket"], strict=True))
-@pytest.mark.parametrize("support", ["student", "teacher"])
-def test_heads_on_a_support_match_reference(support, divergence, tail, backend, device):
+@pytest.mark.parametrize(("backend", "device", "how", "support"), each(HOW, ["student", "teacher"]))
+def test_heads_on_a_support_match_reference(how, support, backend, device):
+    divergence, tail = how
     teachers, weight = [make(N, 8, V, softcap=9.0), make(N, D, V)], torch.rand(2, N)
     weight[0, 3] = 0
     student = make(N, D, V, softcap=4.0)

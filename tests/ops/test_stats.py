@@ -9,6 +9,7 @@ from kernel_cases import (
     SMALL_WORKSPACE,
     assert_as_good_as_torch,
     cast,
+    each,
     gradients,
     make,
     relative,
@@ -20,6 +21,7 @@ from copd_kernels.reference import log_softmax
 TOKENS = torch.zeros(5, dtype=torch.int64)
 # two chunks of them for three heads, the second shorter
 SMALL = (7, 16, 67)
+KINDS = [("sum", False, 4.0), ("none", True, None), ("none", False, 4.0)]  # reduction, routed, softcap
 EXTRA = ("is_top1", "mean_logits", "log_sum_sq_probs")
 
 
@@ -132,10 +134,11 @@ def test_what_kl_tells_of_routed_tokens_matches_reference(backend, device):
     assert got.teacher_kl[1] == 0
 
 
-@pytest.mark.parametrize(("backend", "device"), RUNS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("recompute", "softcap"), [(True, 4.0), (False, None)])
-def test_a_temperature_a_token_matches_reference_for_logprob(recompute, softcap, dtype, backend, device):
+@pytest.mark.parametrize(
+    ("backend", "device", "dtype", "recompute"), each([torch.float32, torch.bfloat16], [True, False])
+)
+def test_a_temperature_a_token_matches_reference_for_logprob(recompute, dtype, backend, device):
+    softcap = 4.0 if recompute else None
     N, D, V = SHAPES["ragged"]
     head, tokens = make(N, D, V, dtype, softcap=softcap, scale=0.7), torch.randint(0, V, (N,))
     temperature = torch.rand(N) + 0.4
@@ -156,12 +159,9 @@ def test_a_temperature_a_token_matches_reference_for_logprob(recompute, softcap,
         assert_as_good_as_torch(name, *(x[name] for x in made), dtype)
 
 
-@pytest.mark.parametrize(("backend", "device"), RUNS)
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize(
-    ("reduction", "routed", "softcap"), [("sum", False, 4.0), ("none", True, None), ("none", False, 4.0)]
-)
-def test_a_temperature_a_token_matches_reference_for_kl(reduction, routed, softcap, divergence, backend, device):
+@pytest.mark.parametrize(("backend", "device", "divergence", "kind"), each(DIVERGENCES, KINDS))
+def test_a_temperature_a_token_matches_reference_for_kl(kind, divergence, backend, device):
+    reduction, routed, softcap = kind
     N, D, V = SMALL
     index = torch.randint(-1, 2, (N,))
     sizes = [int((index == j).sum()) if routed else N for j in range(2)]
