@@ -100,6 +100,9 @@ NUMBERS = {
     "kl, per token": lambda s, t, T, beta: kl(s, t, divergence="jsd", temperature=T, beta=beta, reduction="none").sum(),
     "logprob": lambda s, t, T, beta: logprob(s, torch.arange(N), temperature=T).logp.sum(),
     "mutual_kl": lambda s, t, T, beta: mutual_kl([s, t], divergence="jsd", temperature=T, beta=beta).loss,
+    "topk": lambda s, t, T, beta: kl(
+        s, TopK(*topk(t, 5, temperature=T), temperature=T), divergence="jsd", temperature=T, beta=beta
+    ),
     "agreement": lambda s, t, T, beta: s.hidden.sum() * agreement(s, t, temperature=T).forward_kl.sum(),
 }
 
