@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from peft import LoraConfig, PeftConfig, inject_adapter_in_model, load_peft_weights
@@ -34,6 +34,7 @@ from copd.config import Config
 from copd.settings import AdapterConfig, ModelConfig
 from copd.weights import base_name, vision_of
 
+T = TypeVar("T")
 LINEAR = (nn.Linear, Conv1D)
 ADAPTABLE = (*LINEAR, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -142,8 +143,16 @@ class Adapter:
         # by name: `requires_grad` is on inside of `active` only
         return list(self._named().values()) if self.trained else []
 
+    def run(self, work: Callable[[], tuple[Tensor, T]], media: bool = False) -> tuple[Tensor, T]:
+        return work()
+
+    def gathered(self, moments: dict[str, Any]) -> dict[str, Any]:
+        return moments
+
+    split = gathered
+
     @contextmanager
-    def active(self) -> Iterator[None]:
+    def active(self, learns: bool = False) -> Iterator[None]:
         layer = next(module for module in self.model.modules() if isinstance(module, LoraLayer))
         before = list(layer.active_adapters)
         try:
@@ -174,8 +183,10 @@ class Adapter:
         for name, parameter in self._named().items():
             parameter.copy_(state[name])
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path | None) -> None:
         """A folder that `peft` loads, in the format that vLLM reads; its metadata tell its base from others."""
+        if folder is None:
+            return
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         # but for the flag peft would ask a server whether the vocabulary is the base's

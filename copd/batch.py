@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from copd.distill import Lesson
+from copd.ranks import Peers
 from copd.rlvr import advantages, deviation
 from copd.rollout import Rollout, seed_of
 from copd.settings import RLVRConfig
@@ -41,11 +43,12 @@ class Batch:
     logp_old: dict[int, Tensor] = field(default_factory=dict)
     """log-probs (N,) before the first update, by micro-batch"""
 
-    def rewarded(self, reward: Tensor, cfg: RLVRConfig) -> Batch:
+    def rewarded(self, reward: Tensor, cfg: RLVRConfig, peers: Peers) -> Batch:
         """Gives the batch the group advantages of its rewards (P, G), NaN for one that failed."""
-        spread = deviation(reward)
+        everyones = torch.cat(peers.all(reward))
+        spread = deviation(everyones)
         self.stats |= {
-            "reward": reward.nanmean().item(),
+            "reward": everyones.nanmean().item(),
             "reward_std": spread.mean().item(),
             "frac_reward_zero_std": (spread == 0).float().mean().item(),
         }
@@ -88,3 +91,24 @@ def deal(tasks: Sequence[Task], count: int, step: int, *key: object) -> tuple[li
     dealt = [draw(task, -(-count // K), step, *key, task.name)[:n] for task, n in zip(tasks, shares, strict=True)]
     ends = [0, *accumulate(shares)]
     return [prompt for prompts in dealt for prompt in prompts], [slice(*pair) for pair in pairwise(ends)]
+
+
+def completions(batches: Sequence[Batch], micro_batch_tokens: int, peers: Peers) -> dict[str, Any]:
+    """What is logged of the rows of all batches, those of other ranks too."""
+    rows = [(b.rollout.truncated, b.rollout.mask.sum(1).float(), b.weight.any(1)) for b in batches]
+    mine = tuple(torch.cat(column).cpu() for column in zip(*rows, strict=True))
+    truncated, length, weighed = (torch.cat(column) for column in zip(*peers.all(mine), strict=True))
+    found: dict[str, Any] = {}
+    for kind, lengths in (("", length), ("terminated_", length[~truncated])):
+        for name, value in (("mean", torch.mean), ("min", torch.min), ("max", torch.max)):
+            found[f"completions/{name}_{kind}length"] = value(lengths).item() if len(lengths) else 0.0
+    needed = sum(peers.all(sum(sum(batch.rollout.lengths()) for batch in batches)))
+    computed = sum(peers.all(sum(batch.rollout.computed(micro_batch_tokens) for batch in batches)))
+    return found | {
+        "completions/clipped_ratio": truncated.float().mean().item(),
+        "completions/weighed_ratio": weighed.float().mean().item(),
+        "num_tokens": needed,
+        "padding_ratio": computed / needed,
+        "tokens": int(length.sum()),
+        "rollouts": len(truncated),
+    }

@@ -11,18 +11,22 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from copd.batch import Batch, NonFiniteLoss, deal, draw
+from copd.batch import Batch, NonFiniteLoss, completions, deal, draw
 from copd.config import Config
 from copd.distill import Lesson, TeacherScore, fixed_weights, likeliest_words
 from copd.engine import Engine, Transformers
-from copd.loss import loss_of, mismatch
+from copd.loss import Parts, loss_of, mismatch
 from copd.model import hidden_states
+from copd.overlap import overlaps
+from copd.ranks import Peers
 from copd.rlvr import advantages, token_weights
 from copd.rollout import Rollout, rewards, seed_of, special_tokens
 from copd.task import Prompt, Task
@@ -43,11 +47,12 @@ class Branch:
         cfg: Config,
         device: torch.device,
         engine: Engine | None = None,
+        peers: Peers | None = None,
     ) -> None:
-        self.engine = engine or Transformers(cfg.rollout)
+        self.engine, self.peers = engine or Transformers(cfg.rollout), peers or Peers()
         self.name, self.tasks, self.cfg, self.device = name, tasks, cfg, device
-        self.weights: Weights = Whole(model) if isinstance(model, PreTrainedModel) else model
-        self.model = model = self.weights.model
+        weights = Whole(model) if isinstance(model, PreTrainedModel) else model
+        self.model = model = weights.model
         self.processor, self.special = processor, special_tokens(model, processor)
         self.updates = 0  # optimiser steps of this process
         self.frozen: Weights | None = None  # those of the phase's start, for `opd.teacher: phase_start`
@@ -56,13 +61,18 @@ class Branch:
         if cfg.model.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model.to("cpu" if cfg.offload else device)  # type: ignore[arg-type]  # transformers wraps `to`
-        self.parameters = self.weights.parameters()
+        if self.peers.mesh is not None:
+            from copd.sharded import Sharded  # FSDP2, which it imports, takes a second
+
+            weights = Sharded(model, self.peers.mesh, getattr(torch, cfg.model.dtype))
+        self.weights: Weights = weights
+        self.parameters = weights.parameters()
+        exact = cfg.model.dtype == "float32" or self.peers.size > 1  # where FSDP2 rounds for each pass
         # fp32 weights of the optimiser; the model computes with their rounding when it is bf16
-        self.master = [
-            p if cfg.model.dtype == "float32" else p.detach().to(torch.float32, copy=True) for p in self.parameters
-        ]
+        self.master = [p if exact else p.detach().to(torch.float32, copy=True) for p in self.parameters]
         self.rounded = [(p, m) for p, m in zip(self.parameters, self.master, strict=True) if p is not m]
-        model.to(getattr(torch, cfg.model.dtype))
+        if not exact:
+            model.to(getattr(torch, cfg.model.dtype))
         first_beta, second_beta = cfg.optim.betas
         self.optimizer = torch.optim.AdamW(
             [{"params": self.master}],  # none of a base or a merged model, which is but evaluated
@@ -75,11 +85,21 @@ class Branch:
     def task_of(self, step: int) -> Task:
         return self.tasks[step % len(self.tasks)]
 
-    def rollout(self, prompts: list[Prompt], seed: int, samples: int | None = None, greedy: bool = False) -> Rollout:
-        """Completions of this policy, `cfg.rollout.samples` a prompt unless said otherwise."""
+    def rollout(
+        self, prompts: list[Prompt], seed: int, samples: int | None = None, greedy: bool = False, first: int = 0
+    ) -> Rollout:
+        """Completions of this policy, `cfg.rollout.samples` a prompt unless said otherwise.
+
+        `first` prompts of the batch are another rank's.
+        """
         samples = samples or self.cfg.rollout.samples
         with self.active():
-            return self.engine.sample(self.weights, prompts, samples, self.special, seed, greedy)
+            return self.engine.sample(self.weights, prompts, samples, self.special, seed, greedy, first)
+
+    def _shared(self, prompts: list[Prompt], seed: int) -> Rollout:
+        """Completions of this rank's share of a batch."""
+        share = self.peers.share(len(prompts))
+        return self.rollout(prompts[share], seed, first=share.start)
 
     def native_batches(self, step: int) -> list[Batch]:
         """A batch of one of this branch's tasks, in turn, or one of each."""
@@ -92,9 +112,10 @@ class Branch:
         place = step // len(self.tasks) if task is None else step
         task = task or self.task_of(step)
         key = (self.cfg.seed, "native", task.name)
-        rollout = self.rollout(draw(task, self.cfg.rollout.prompts, place, *key), seed_of("sample", *key, step))
+        rollout = self._shared(draw(task, self.cfg.rollout.prompts, place, *key), seed_of("sample", *key, step))
         reward = rewards(task, rollout)
-        batch = Batch(task.name, rollout, self._weights(rollout, reward)).rewarded(reward, self.cfg.rlvr)
+        batch = Batch(task.name, rollout, self._weights(rollout, reward))
+        batch.rewarded(reward, self.cfg.rlvr, self.peers)
         batch.stats |= getattr(task, "reward_stats", {})
         return batch
 
@@ -104,7 +125,7 @@ class Branch:
         if cfg.opd.batch == "split":
             count = max(1, count // shared_by)
         key = (cfg.seed, "cross", self.task_of(step).name, task.name)
-        rollout = self.rollout(draw(task, count, step, *key), seed_of("sample", *key, step))
+        rollout = self._shared(draw(task, count, step, *key), seed_of("sample", *key, step))
         lesson = Lesson(
             [TeacherScore(name) for name in teachers], cfg.opd.signal, fixed_weights(len(teachers), cfg.opd)
         )
@@ -118,7 +139,8 @@ class Branch:
         cfg, tasks = self.cfg, list(owners.values())
         key = (cfg.seed, "consolidate")
         prompts, owned = deal(tasks, cfg.rollout.prompts, step, *key)
-        rollout = self.rollout(prompts, seed_of("sample", *key, step))
+        rollout, share = self._shared(prompts, seed_of("sample", *key, step)), self.peers.share(len(prompts))
+        owned = [slice(*(min(max(p, share.start), share.stop) - share.start for p in (s.start, s.stop))) for s in owned]
         rows = [slice(p.start * cfg.rollout.samples, p.stop * cfg.rollout.samples) for p in owned]
         scores = [TeacherScore(name, own) for name, own in zip(owners, rows, strict=True)]
         batch = Batch("all", rollout, self._weights(rollout), lesson=Lesson(scores, cfg.consolidate.signal))
@@ -126,17 +148,20 @@ class Branch:
             return batch
         reward = torch.cat([rewards(task, rollout, p) for task, p in zip(tasks, owned, strict=True)])
         batch.weight = self._weights(rollout, reward)
-        return batch.rewarded(reward, cfg.rlvr)
+        return batch.rewarded(reward, cfg.rlvr, self.peers)
 
     def _weights(self, rollout: Rollout, reward: Tensor | None = None) -> Tensor:
         """Of each token in the loss; none where the reward of its row is NaN."""
         keep = rollout.mask & ~rollout.truncated[:, None] if self.cfg.rollout.mask_truncated else rollout.mask
         if reward is not None:
             keep = keep & ~reward.isnan().view(-1, 1).to(keep.device)
-        return token_weights(keep, self.cfg.rlvr)
+        if self.peers.size == 1:
+            return token_weights(keep, self.cfg.rlvr)
+        rows, tokens = map(sum, zip(*self.peers.all((len(keep), int(keep.sum()))), strict=True))
+        return token_weights(keep, self.cfg.rlvr, rows, tokens)
 
     def head(
-        self, rollout: Rollout, rows: list[int], model: PreTrainedModel | None = None, only: slice | None = None
+        self, rollout: Rollout, rows: list[int], only: slice | None = None, model: PreTrainedModel | None = None
     ) -> tuple[Head, Tensor]:
         """The head over the N completion tokens of `rows`, of those in `only` if given, and those tokens (N,)."""
         model = model or self.model
@@ -168,7 +193,7 @@ class Branch:
         score, lm_head = TeacherScore(self.name, rows), None
         with self.active(weights):
             for micro in rollout.micro_batches(cfg.micro_batch_tokens):
-                head, tokens = self.head(rollout, micro, weights.model, rows)
+                head, tokens = self.head(rollout, micro, rows, weights.model)
                 score.logp.append(logprob(head, tokens, temperature=cfg.rollout.temperature).logp)
                 if likeliest > 0:
                     score.likeliest.append(top_k(replace(head, hidden=head.hidden[:likeliest]), cfg.eval.top_k).int())
@@ -189,19 +214,23 @@ class Branch:
         metrics: dict[str, Any] = {"domain": batches[0].domain}
         for batch in batches:
             if batch.lesson is not None:
-                batch.lesson.weigh(batch.rollout, batch.weight, self.cfg)
-                metrics |= self._agreement(batch, batch.lesson)
+                batch.lesson.weigh(batch.rollout, batch.weight, self.cfg, self.peers)
+                read = partial(self.head, batch.rollout)
+                with self.active():
+                    metrics |= overlaps(batch, batch.lesson, read, self.cfg, self.peers)
         stats = [batch.stats for batch in batches if batch.stats]
         metrics |= {name: sum(s[name] for s in stats) / len(stats) for name in (stats[0] if stats else ())}
         if len(stats) > 1:
             metrics |= {f"reward/{batch.domain}": batch.stats["reward"] for batch in batches if batch.stats}
         totals: Counter[str] = Counter()
-        with self.active():
+        with self.active(learns=True):
             for _ in range(updates):
                 with self._seeded():
                     for batch in batches:
                         totals.update(self._backward(batch))
                 grad_norm = nn.utils.clip_grad_norm_(self.master, self.cfg.optim.max_grad_norm)
+                if isinstance(grad_norm, DTensor):
+                    grad_norm = grad_norm.full_tensor()
                 if not torch.isfinite(grad_norm):
                     rule = f"update: gradient of branch {self.name!r} must be finite"
                     raise NonFiniteLoss(f"{rule}; got {grad_norm}", batches[-1])
@@ -209,26 +238,14 @@ class Branch:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
                 self._publish()
-        metrics |= {name: value / updates for name, value in totals.items()} | mismatch(batches, self.cfg)
+        metrics |= {name: value / updates for name, value in totals.items()} | mismatch(batches, self.cfg, self.peers)
         for name in ("kl", "overlap"):
             if values := [value for key, value in metrics.items() if key.startswith(f"{name}/")]:
                 metrics[name] = sum(values) / len(values)
-        truncated = torch.cat([batch.rollout.truncated for batch in batches])
-        length = torch.cat([batch.rollout.mask.sum(1) for batch in batches]).float()
-        needed = sum(sum(batch.rollout.lengths()) for batch in batches)
-        weighed = torch.cat([batch.weight.any(1) for batch in batches])
-        for kind, lengths in (("", length), ("terminated_", length[~truncated])):
-            for name, value in (("mean", torch.mean), ("min", torch.min), ("max", torch.max)):
-                metrics[f"completions/{name}_{kind}length"] = value(lengths).item() if len(lengths) else 0.0
+        metrics |= completions(batches, self.cfg.micro_batch_tokens, self.peers)
         return metrics | {
             "grad_norm": grad_norm.item(),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "completions/clipped_ratio": truncated.float().mean().item(),
-            "completions/weighed_ratio": weighed.float().mean().item(),
-            "num_tokens": needed,
-            "padding_ratio": sum(b.rollout.computed(self.cfg.micro_batch_tokens) for b in batches) / needed,
-            "tokens": int(length.sum()),
-            "rollouts": len(truncated),
             "update_time": time.perf_counter() - start,
         }
 
@@ -239,17 +256,26 @@ class Branch:
         beta = cfg.opd.branch_beta.get(self.name, cfg.opd.beta)
         # training mode is what switches checkpointing on; dropout would part the ratio from 1
         self.weights.train(cfg.model.activation_checkpointing)
-        for micro, rows in enumerate(rollout.micro_batches(cfg.micro_batch_tokens)):
-            head, tokens = self.head(rollout, rows)
-            loss, parts = loss_of(batch, micro, rows, head, tokens, beta, cfg)
+        micro_batches = rollout.micro_batches(cfg.micro_batch_tokens)
+
+        def part(micro: int) -> tuple[Tensor, Parts]:
+            rows = micro_batches[micro]
+            return loss_of(batch, micro, rows, *self.head(rollout, rows), beta, cfg)
+
+        # ranks that split a model compute in step: one with fewer micro-batches repeats its last, for nothing
+        seen = [any(rollout.prompts[row // rollout.samples].media for row in rows) for rows in micro_batches]
+        for micro, media in enumerate(self.peers.rounds(seen)):
+            again = micro >= len(micro_batches)
+            loss, parts = self.weights.run(partial(part, min(micro, len(micro_batches) - 1)), media)
             if not torch.isfinite(loss.detach()):
                 rule = f"update: loss of branch {self.name!r} must be finite"
                 raise NonFiniteLoss(f"{rule}; got {loss.item()} from {batch}", batch)
-            loss.backward()
+            (0 * loss if again else loss).backward()
             self._collect()
-            for name, value in parts.items():
+            for name, value in ({} if again else parts).items():
                 totals[name] += value.item()  # type: ignore[assignment]  # a Counter adds floats as well
-        return totals
+        everyones = self.peers.all(totals)
+        return Counter({name: sum(found[name] for found in everyones) for name in totals})
 
     def _collect(self) -> None:
         """Adds bf16 gradients to the fp32 ones of the master weights."""
@@ -264,26 +290,6 @@ class Branch:
         for parameter, master in self.rounded:
             parameter.data.copy_(master)
 
-    @torch.no_grad()
-    def _agreement(self, batch: Batch, lesson: Lesson) -> dict[str, float]:
-        """Top-k overlap with, and δ of, each teacher before the update, on the first tokens of the batch."""
-        found = lesson.weights_by_name(batch.domain)
-        micro_batches = batch.rollout.micro_batches(self.cfg.micro_batch_tokens)
-        for teacher in lesson.teachers:
-            name, common, deltas = teacher.name, 0.0, [torch.empty(0)]
-            with self.active():
-                for rows, theirs, logp in zip(micro_batches, teacher.likeliest, teacher.logp, strict=False):
-                    head, tokens = self.head(batch.rollout, rows, only=teacher.rows)
-                    head, tokens = replace(head, hidden=head.hidden[: len(theirs)]), tokens[: len(theirs)]
-                    ours = top_k(head, theirs.shape[1])
-                    common += (ours[:, :, None] == theirs[:, None]).any(2).sum(1).div(theirs.shape[1]).sum().item()
-                    own = logprob(head, tokens, temperature=self.cfg.rollout.temperature).logp
-                    deltas.append((logp[: len(theirs)].to(own.device) - own).cpu())
-            if len(delta := torch.cat(deltas)):
-                found |= {f"delta_min/{name}": delta.min().item(), f"delta_max/{name}": delta.max().item()}
-                found[f"overlap/{name}"] = common / len(delta)
-        return found
-
     def freeze(self) -> Weights:
         """Keeps a copy of the weights as they are now, to teach with until `thaw`."""
         self.frozen = self.weights.copy()
@@ -295,26 +301,27 @@ class Branch:
         self.frozen = None
 
     def state(self) -> dict[str, Any]:
+        """All there is to save, whole and the same on every rank of the branch."""
         return {
             "weights": self.weights.state(),
-            "master": self.master,
-            "optimizer": self.optimizer.state_dict(),
+            "master": [m for _, m in self.rounded],
+            "optimizer": self.weights.gathered(self.optimizer.state_dict()),
             "frozen": self.frozen and self.frozen.state(),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.weights.load_state(state["weights"])
-        for master, saved in zip(self.master, state["master"], strict=True):
+        for (_, master), saved in zip(self.rounded, state["master"], strict=True):
             master.data.copy_(saved)
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(self.weights.split(state["optimizer"]))
         if state["frozen"] is not None:
             self.freeze().load_state(state["frozen"])
 
     @contextmanager
-    def active(self, weights: Weights | None = None) -> Iterator[None]:
+    def active(self, weights: Weights | None = None, learns: bool = False) -> Iterator[None]:
         """The model is on the device and has the branch's weights, or those given, for the length of the block."""
         weights = weights or self.weights
-        with self.on_device(), weights.active():
+        with self.on_device(), weights.active(learns):
             weights.model.eval()
             yield
 

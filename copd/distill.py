@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from copd.config import Config
+from copd.ranks import Peers
 from copd.rollout import Rollout
 from copd.settings import OPDConfig
 from copd_kernels import Head, TopK, kl, topk
@@ -78,7 +79,7 @@ class Lesson:
         """Under which its KL is logged."""
         return f"kl/{'+'.join(teacher.name for teacher in self.teachers)}"
 
-    def weigh(self, rollout: Rollout, weight: Tensor, cfg: Config) -> None:
+    def weigh(self, rollout: Rollout, weight: Tensor, cfg: Config, peers: Peers | None = None) -> None:
         """Weighs the teachers by who is better at the task, where `advantage` is given; `weight` (B, C) is the tokens'.
 
         Better is whose way raises the reward: in proportion to gain_j = Σ_t w_t Â_i δ_t^j where positive, the slope of
@@ -92,7 +93,7 @@ class Lesson:
             for j, teacher in enumerate(self.teachers):
                 difference = teacher.logp[micro].to(pull.device) - rollout.logp[rows][mask]
                 gain[j] += (pull[rows][mask] * difference).sum().cpu()
-        gain = gain.clamp(min=0)
+        gain = sum((peers or Peers()).all(gain), torch.zeros_like(gain)).clamp(min=0)
         found = gain / gain.sum() if gain.sum() > 0 else torch.eye(len(gain))[0]
         self.weight = found.tolist()
 

@@ -16,9 +16,19 @@ from copd.weights import Weights
 
 class Engine(Protocol):
     def sample(
-        self, weights: Weights, prompts: list[Prompt], samples: int, special: Special, seed: int, greedy: bool = False
+        self,
+        weights: Weights,
+        prompts: list[Prompt],
+        samples: int,
+        special: Special,
+        seed: int,
+        greedy: bool = False,
+        first: int = 0,
     ) -> Rollout:
-        """`samples` completions of each prompt by the weights as they are now, which must be active."""
+        """`samples` completions of each prompt by the weights as they are now, which must be active.
+
+        `first` prompts of the same batch are sampled elsewhere: what a row samples depends on its place in the whole.
+        """
 
 
 class Transformers:
@@ -28,9 +38,16 @@ class Transformers:
         self.cfg = cfg
 
     def sample(
-        self, weights: Weights, prompts: list[Prompt], samples: int, special: Special, seed: int, greedy: bool = False
+        self,
+        weights: Weights,
+        prompts: list[Prompt],
+        samples: int,
+        special: Special,
+        seed: int,
+        greedy: bool = False,
+        first: int = 0,
     ) -> Rollout:
-        return generate(weights.model, prompts, samples, self.cfg, special, seed, greedy)
+        return generate(weights.model, prompts, samples, self.cfg, special, seed, greedy, first)
 
 
 def make(cfg: Config, model: PreTrainedModel, processor: Any) -> Engine:

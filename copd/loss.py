@@ -8,6 +8,7 @@ from torch import Tensor
 from copd.batch import Batch
 from copd.config import Config
 from copd.distill import delta
+from copd.ranks import Peers
 from copd.rlvr import policy_loss
 from copd_kernels import Head, logprob
 
@@ -62,7 +63,7 @@ def truncated(difference: Tensor, cap: float | None) -> Tensor:
     return torch.ones_like(difference) if cap is None else difference.exp().clamp(max=cap)
 
 
-def mismatch(batches: list[Batch], cfg: Config) -> dict[str, float]:
+def mismatch(batches: list[Batch], cfg: Config, peers: Peers) -> dict[str, float]:
     """π / π_sampler of the batches' tokens before the first update: mean, largest, and the share above the cap."""
     ratios = []
     for batch in batches:
@@ -70,7 +71,7 @@ def mismatch(batches: list[Batch], cfg: Config) -> dict[str, float]:
         for micro, rows in enumerate(rollout.micro_batches(cfg.micro_batch_tokens)):
             if micro in batch.logp_old:  # a divergence over the whole vocabulary needs no log-probs
                 ratios.append((batch.logp_old[micro] - rollout.logp[rows][rollout.mask[rows]]).exp())
-    ratio = torch.cat(ratios) if ratios else torch.empty(0)
+    ratio = torch.cat(peers.all(torch.cat(ratios) if ratios else torch.empty(0)))
     if not len(ratio):
         return {}
     cap = cfg.rlvr.importance_cap

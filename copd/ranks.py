@@ -2,8 +2,10 @@
 
     torchrun --standalone --nproc-per-node=3 -m copd.train --config run.yaml
 
-K branches that learn live on W <= K ranks: branch k on rank k mod W. Every rank runs the same loop and asks `Place` at
-the few points where it matters whose branch it is. In one process nothing here does anything.
+K branches that learn live on W ranks. W <= K: branch k on rank k mod W. W = K * n: n ranks a branch, which split its
+weights and prompts (`copd.sharded`); rank r is the (r mod n)-th of branch r div n, and talks to the (r mod n)-th of the
+others. Every rank runs the same loop and asks `Place` at the few points where it matters whose branch it is. In one
+process nothing here does anything.
 
 Messages go through host memory, by gloo: tensors raw, and each once however often it occurs.
 """
@@ -16,16 +18,19 @@ import pickle
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from copd import files
 from copd.config import Config
 from copd.task import Prompt
+from copd.topology import teachers
 
 T = TypeVar("T")
 Key = TypeVar("Key", bound=Hashable)
@@ -59,22 +64,58 @@ def device_of(cfg: Config) -> torch.device:
     return torch.device(kind)
 
 
+class Peers:
+    """The ranks of one branch, of which this is number `index`."""
+
+    def __init__(self, size: int = 1, index: int = 0, mesh: DeviceMesh | None = None) -> None:
+        self.size, self.index, self.mesh = size, index, mesh
+
+    def share(self, count: int) -> slice:
+        """Which of `count` prompts are this rank's: as many as the others', or one more."""
+        return slice(*(count * i // self.size for i in (self.index, self.index + 1)))
+
+    def all(self, value: T) -> list[T]:
+        """Everybody's, in order."""
+        if self.mesh is None:
+            return [value]
+        values = [value] * self.size
+        dist.all_gather_object(values, value, group=self.mesh.get_group())
+        return values
+
+    def rounds(self, mine: list[bool]) -> list[bool]:
+        """Whether anybody's is true, round by round; who has fewer rounds than others repeats the last."""
+        lists = self.all(mine)
+        return [any(own[min(i, len(own) - 1)] for own in lists) for i in range(max(map(len, lists)))]
+
+
 class Place:
     """The ranks of a run, and the branches that live on them.
 
     Args:
         names: of the branches that learn, in order, the same on all ranks.
 
-    Raises `ValueError` where there are more ranks than branches.
+    Raises `ValueError` where there are more ranks than branches, and no multiple of them.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
         several = dist.is_initialized()
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
-        if self.world > len(names):
-            rule = f"ranks: processes must be at most the {len(names)} branches that learn, {', '.join(names)}"
-            raise ValueError(f"{rule}; got {self.world}")
-        self.owner = {name: k % self.world for k, name in enumerate(names)}
+        self.rows = min(self.world, len(names))
+        if self.world % self.rows:
+            rule = f"ranks: processes must be at most {len(names)} or a multiple, one or more for each of"
+            raise ValueError(f"{rule} {', '.join(names)}; got {self.world}")
+        self.row, self.column = divmod(self.rank, self.world // self.rows)
+        self.owner = {name: k % self.rows for k, name in enumerate(names)}
+
+    @cached_property
+    def peers(self) -> Peers:
+        """All ranks ask at the same time, first for their first branch."""
+        size = self.world // self.rows
+        if size == 1:
+            return Peers()
+        kind = "cuda" if "nccl" in dist.get_backend_config() else "cpu"
+        mesh = init_device_mesh(kind, (self.rows, size), mesh_dim_names=("branch", "dp"))
+        return Peers(size, self.column, mesh["dp"])
 
     @classmethod
     def of(cls, cfg: Config) -> Place:
@@ -82,6 +123,16 @@ class Place:
         if place.world > 1 and cfg.rollout.engine != "transformers":
             rule = "ranks: rollout.engine must be transformers with several processes"
             raise ValueError(f"{rule}; got {cfg.rollout.engine}")
+        if (size := place.world // place.rows) > 1:
+            where = f"with {size} ranks a branch"
+            for name, value in (("offload", cfg.offload), ("model.adapter", cfg.model.adapter)):
+                if value:
+                    raise ValueError(f"ranks: {name} must be off {where}; got {value}")
+            least = cfg.rollout.prompts
+            if cfg.method == "copd" and cfg.opd.batch == "split":
+                least //= max(map(len, teachers(cfg).values()))
+            if least < size:
+                raise ValueError(f"ranks: a batch must have a prompt for each rank {where}; got {least}")
         return place
 
     @property
@@ -90,11 +141,15 @@ class Place:
         return self.rank == 0
 
     def keeper(self, name: str) -> int:
-        """The rank of a model. What is made of all branches lives with the last one, what is given with the first."""
-        return self.owner.get(name, self.world - 1 if name in KEEPERS else 0)
+        """The row of a model. What is made of all branches lives with the last one, what is given with the first."""
+        return self.owner.get(name, self.rows - 1 if name in KEEPERS else 0)
 
     def holds(self, name: str) -> bool:
-        return self.keeper(name) == self.rank
+        return self.keeper(name) == self.row
+
+    def partner(self, name: str) -> int:
+        """The rank that speaks with this one for a model."""
+        return self.keeper(name) * (self.world // self.rows) + self.column
 
     # what all ranks do together; a rank that is asked for it alone waits until `timeout`
 
@@ -202,7 +257,7 @@ class Place:
         def hear(edge: Edge, rank: int) -> Any:
             return kept.pop(edge) if rank == self.rank else receive(rank, device)
 
-        ends = [(edge, self.keeper(edge[0]), self.keeper(edge[1])) for edge in edges]
+        ends = [(edge, self.partner(edge[0]), self.partner(edge[1])) for edge in edges]
         for edge, student, teacher in ends:
             if student == self.rank:
                 say(edge, ask(edge), teacher)
@@ -217,9 +272,9 @@ class Place:
 
     def bring(self, found: dict[str, T], names: Sequence[str], to: str) -> dict[str, T] | None:
         """What each named branch has here or elsewhere, in host memory where `to` lives; None on the other ranks."""
-        target, brought = self.keeper(to), dict(found)
+        target, brought = self.partner(to), dict(found)
         for name in names:
-            source = self.keeper(name)
+            source = self.partner(name)
             if self.rank == source != target:
                 for work, _ in send(found[name], target):
                     work.wait()

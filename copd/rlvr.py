@@ -33,12 +33,15 @@ def deviation(reward: Tensor) -> Tensor:
     return spread.where(reward.where(known, -torch.inf).amax(1) > reward.where(known, torch.inf).amin(1), 0.0)
 
 
-def token_weights(mask: Tensor, cfg: RLVRConfig) -> Tensor:
-    """Weight (B, C) fp32 of each token in the loss: 1 / (B |y_i|), or 1 / Σ|y_i|; 0 outside `mask` (B, C)."""
+def token_weights(mask: Tensor, cfg: RLVRConfig, rows: int | None = None, tokens: int | None = None) -> Tensor:
+    """Weight (B, C) fp32 of each token in the loss: 1 / (B |y_i|), or 1 / Σ|y_i|; 0 outside `mask` (B, C).
+
+    `rows` and `tokens` are those of the whole batch, of which these rows are a part; None where they are all.
+    """
     weight = mask.float()
     if cfg.loss_aggregation == "token":
-        return weight / weight.sum().clamp(min=1)
-    return weight / (weight.sum(1, keepdim=True).clamp(min=1) * len(mask))
+        return weight / (weight.sum() if tokens is None else weight.new_tensor(tokens)).clamp(min=1)
+    return weight / (weight.sum(1, keepdim=True).clamp(min=1) * (rows or len(mask)))
 
 
 def policy_loss(

@@ -131,8 +131,9 @@ def generate(
     special: Special,
     seed: int,
     greedy: bool = False,
+    first: int = 0,
 ) -> Rollout:
-    """`samples` completions of each prompt, at `cfg.temperature` or greedily.
+    """`samples` completions of each prompt, at `cfg.temperature` or greedily; `first` of the batch are elsewhere.
 
     The KV cache holds at most `cfg.cache_tokens` positions, padding included (but one row's at least): rows for which
     there is no room any more are set aside, and continued later from their own tokens.
@@ -140,7 +141,7 @@ def generate(
     model.eval()  # activation checkpointing, on in training mode, would drop the KV cache
     device, shape = model.device, (samples, cfg.max_new_tokens)
     # drawn on the CPU, so that every device samples the same
-    generators = [torch.Generator().manual_seed(seed_of(seed, place)) for place in range(len(prompts))]
+    generators = [torch.Generator().manual_seed(seed_of(seed, place)) for place in range(first, first + len(prompts))]
     noise = [torch.rand(shape, dtype=torch.float64, generator=generator) for generator in generators]
     rows = len(prompts) * samples
     draft = _Draft(

@@ -55,7 +55,14 @@ class VLLM:
             raise ValueError(f"rollout: engine vllm must be used by a run of one process; got {got}")
 
     def sample(
-        self, weights: Weights, prompts: list[Prompt], samples: int, special: Special, seed: int, greedy: bool = False
+        self,
+        weights: Weights,
+        prompts: list[Prompt],
+        samples: int,
+        special: Special,
+        seed: int,
+        greedy: bool = False,
+        first: int = 0,
     ) -> Rollout:
         if self.failed is not None:
             raise RuntimeError("rollout: engine vllm must be started anew, with the run") from self.failed

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
 from torch.nn import Parameter
 from transformers import PreTrainedModel
+
+T = TypeVar("T")
 
 
 class Weights(Protocol):
@@ -19,8 +22,14 @@ class Weights(Protocol):
     def parameters(self) -> list[Parameter]:
         """Those that train."""
 
-    def active(self) -> AbstractContextManager[None]:
+    def active(self, learns: bool = False) -> AbstractContextManager[None]:
         """The model has these weights for the length of the block, whatever it had before and has again after."""
+
+    def run(self, work: Callable[[], tuple[Tensor, T]], media: bool = False) -> tuple[Tensor, T]:
+        """`work()`, a forward pass: its loss, from which gradients are to flow into the weights, and parts of it.
+
+        `media`: some rank of the branch has images or videos in this pass.
+        """
 
     def train(self, checkpointing: bool) -> None:
         """Ready to learn: dropout of an adapter is on; the model is in training mode only to recompute activations."""
@@ -35,8 +44,14 @@ class Weights(Protocol):
 
     def load_state(self, state: dict[str, Tensor]) -> None: ...
 
-    def save(self, folder: Path) -> None:
-        """Writes what `copd.model.load_saved` reads."""
+    def gathered(self, moments: dict[str, Any]) -> dict[str, Any]:
+        """An optimiser's state, whole where it is split over ranks."""
+
+    def split(self, moments: dict[str, Any]) -> dict[str, Any]:
+        """The inverse of `gathered`."""
+
+    def save(self, folder: Path | None) -> None:
+        """Writes what `copd.model.load_saved` reads; without a folder only helps to, where it is split over ranks."""
 
 
 class Whole:
@@ -48,8 +63,11 @@ class Whole:
     def parameters(self) -> list[Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
-    def active(self) -> AbstractContextManager[None]:
+    def active(self, learns: bool = False) -> AbstractContextManager[None]:
         return nullcontext()
+
+    def run(self, work: Callable[[], tuple[Tensor, T]], media: bool = False) -> tuple[Tensor, T]:
+        return work()
 
     def train(self, checkpointing: bool) -> None:
         self.model.train(checkpointing)
@@ -66,11 +84,22 @@ class Whole:
     def load_state(self, state: dict[str, Tensor]) -> None:
         self.model.load_state_dict(state)
 
-    def save(self, folder: Path) -> None:
+    def gathered(self, moments: dict[str, Any]) -> dict[str, Any]:
+        return moments
+
+    def split(self, moments: dict[str, Any]) -> dict[str, Any]:
+        return moments
+
+    def save(self, folder: Path | None) -> None:
+        self._write(folder)
+
+    def _write(self, folder: Path | None, **options: Any) -> None:
+        if folder is None:
+            return
         # in a process group transformers has the first rank alone write, as if all had the same model
         vars(self.model)["should_save_on_this_rank"] = lambda first: True
         try:
-            self.model.save_pretrained(folder)
+            self.model.save_pretrained(folder, **options)
         finally:
             del self.model.should_save_on_this_rank
 

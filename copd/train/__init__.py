@@ -124,7 +124,7 @@ class Run:
     def branch(self, name: str, tasks: list[Task], model: PreTrainedModel | Weights | None = None) -> Branch:
         if model is None:
             model = self._copy() if self.lora is None else self._adapter(name)
-        return Branch(name, tasks, model, self.processor, self.cfg, self.device, self.engine)
+        return Branch(name, tasks, model, self.processor, self.cfg, self.device, self.engine, self.place.peers)
 
     def _copy(self) -> PreTrainedModel:
         return copy.deepcopy(self.base)

@@ -155,19 +155,15 @@ def refused(folder, settings):
     return str(raised.value)
 
 
-MOST = "ranks: processes must be at most the"
-ENGINE = "ranks: rollout.engine must be transformers with several processes; got vllm"
-
-
 @pytest.mark.parametrize(
     ("size", "settings", "message"),
     [
-        (4, (), f"{MOST} 3 branches that learn, text, image, video; got 4"),
-        (2, ("method=mixed",), f"{MOST} 1 branches that learn, mixed; got 2"),
-        (2, ("method=mopd",), f"{MOST} 1 branches that learn, student; got 2"),
-        (2, ("rollout.engine=vllm",), ENGINE),
+        (4, (), "processes must be at most 3 or a multiple, one or more for each of text, image, video; got 4"),
+        (2, ("rollout.engine=vllm",), "rollout.engine must be transformers with several processes; got vllm"),
+        (2, ("method=mixed", "offload=true"), "offload must be off with 2 ranks a branch; got True"),
+        (3, ("method=mopd",), "a batch must have a prompt for each rank with 3 ranks a branch; got 2"),
     ],
 )
 def test_what_several_ranks_cannot_run_is_refused_on_every_one(size, settings, message, tmp_path, ranks):
-    assert ranks(size, refused, tmp_path, settings) == [message] * size
+    assert ranks(size, refused, tmp_path, settings) == [f"ranks: {message}"] * size
     assert not (tmp_path / "run").exists()

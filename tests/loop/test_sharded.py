@@ -1,0 +1,68 @@
+"""Several ranks a branch: what one process makes of a run, to rounding, with the same tokens sampled."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from copd_cases import CPU, make_config, same
+from safetensors.torch import load_file
+from test_place import begin, whole_run
+
+from copd import checkpoint, train
+
+TWO = ("text", "image")
+SETTINGS = ("rl_steps=2", "opd_steps=2", "rollout.prompts=5", "eval.divergence_every=2", "micro_batch_tokens=40")
+CASES = {
+    "reverse": (4, ("opd.signal=reverse", "opd.teacher=phase_start")),
+    # in its last step some ranks have images and others not
+    "sampled": (4, ("opd.signal=sampled", "rlvr.loss_aggregation=token", "consolidate.steps=1", "opd.batch=split")),
+    "mopd": (2, ("method=mopd", "mopd_steps=2")),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_a_branch_make_the_run_of_one_process(case, tmp_path, ranks):
+    size, settings = CASES[case]
+    for folder, number in (("alone", 1), ("together", size)):
+        ranks(number, whole_run, tmp_path / folder, (*SETTINGS, *settings), TWO)
+    alone, together = (
+        [json.loads(line) for line in (tmp_path / folder / "run" / "metrics.jsonl").read_text().splitlines()]
+        for folder in ("alone", "together")
+    )
+    for a, b in zip(alone, together, strict=True):
+        assert a.keys() == b.keys()
+        for name in ("tokens", "rollouts", "reward", "num_tokens", "completions/mean_length"):
+            assert a.get(name) == b.get(name), (a["step"], name)
+        for name in ("loss", "grad_norm", "kl", "entropy"):
+            assert a.get(name, 0) == pytest.approx(b.get(name, 0), rel=1e-4, abs=1e-6), (a["step"], name)
+    for path in (tmp_path / "alone" / "run").rglob("*.safetensors"):
+        ours = load_file(tmp_path / "together" / path.relative_to(tmp_path / "alone"))
+        for name, value in load_file(path).items():
+            torch.testing.assert_close(ours[name], value, rtol=0, atol=2e-5, msg=f"{path.name} {name}")
+
+
+def saved_again(folder):
+    """On every rank: goes on from a checkpoint and writes it a second time."""
+    cfg = make_config(folder, *SETTINGS, "opd.teacher=phase_start", domains=TWO)
+    plan = train.Run(cfg, *begin(cfg, CPU)).plan
+    step = checkpoint.resume(cfg.run_dir, plan, cfg)
+    return checkpoint.save(folder / "again", step, plan, cfg)
+
+
+def test_a_checkpoint_passes_through_shards_bit_for_bit(tmp_path, ranks):
+    """What one process saved in the middle of a phase, frozen teachers included."""
+    settings = (*SETTINGS, "opd.teacher=phase_start", "checkpoint_every=3")
+    ranks(1, whole_run, tmp_path, settings, TWO)
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    (path, *_) = ranks(4, saved_again, tmp_path)
+    for name in TWO:
+        before, after = (
+            torch.load(folder / f"branch-{name}.pt") for folder in (tmp_path / "run" / "checkpoint-3", path)
+        )
+        assert before["frozen"] is not None
+        for part in ("weights", "frozen"):
+            assert same(before[part], after[part])
+        moments, again = before["optimizer"]["state"], after["optimizer"]["state"]
+        assert moments.keys() == again.keys() != set()
+        assert all(same(moments[i], again[i]) for i in moments)
