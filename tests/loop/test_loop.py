@@ -321,7 +321,7 @@ def test_a_nan_loss_stops_the_run_and_names_branch_and_batch(tmp_path):
     cfg = make_config(tmp_path)
     trainer = make_run(cfg)
     trainer.plan.branches[1].model.lm_head.weight.data[5] = torch.nan
-    trainer.plan.branches[1].rollout = lambda *args: trainer.plan.branches[0].rollout(*args)
+    trainer.plan.branches[1].rollout = trainer.plan.branches[0].rollout
     with pytest.raises(RuntimeError, match=r"loss of branch 'image' must be finite.*on 'image', rows \["):
         trainer.train()
     assert (cfg.run_dir / "failed-1" / "state.pt").exists()
