@@ -30,9 +30,8 @@ from copd.ranks import Peers
 from copd.rlvr import advantages, token_weights
 from copd.rollout import Rollout, rewards, seed_of, special_tokens
 from copd.task import Prompt, Task
-from copd.weights import Weights, Whole, vision_of
-from copd_kernels import Head, logprob
-from copd_kernels.top import top_k
+from copd.weights import Weights, Whole, adamw, vision_of
+from copd_kernels import Head, logprob, topk
 
 
 class Branch:
@@ -73,14 +72,7 @@ class Branch:
         self.rounded = [(p, m) for p, m in zip(self.parameters, self.master, strict=True) if p is not m]
         if not exact:
             model.to(getattr(torch, cfg.model.dtype))
-        first_beta, second_beta = cfg.optim.betas
-        self.optimizer = torch.optim.AdamW(
-            [{"params": self.master}],  # none of a base or a merged model, which is but evaluated
-            lr=cfg.optim.lr,
-            betas=(first_beta, second_beta),
-            eps=cfg.optim.eps,
-            weight_decay=cfg.optim.weight_decay,
-        )
+        self.optimizer = adamw(self.master, cfg.optim)
 
     def task_of(self, step: int) -> Task:
         return self.tasks[step % len(self.tasks)]
@@ -196,7 +188,8 @@ class Branch:
                 head, tokens = self.head(rollout, micro, rows, weights.model)
                 score.logp.append(logprob(head, tokens, temperature=cfg.rollout.temperature).logp)
                 if likeliest > 0:
-                    score.likeliest.append(top_k(replace(head, hidden=head.hidden[:likeliest]), cfg.eval.top_k).int())
+                    ids, _ = topk(replace(head, hidden=head.hidden[:likeliest]), cfg.eval.top_k)
+                    score.likeliest.append(ids.int())
                     likeliest -= len(tokens)
                 if not heads:
                     continue

@@ -12,8 +12,7 @@ from copd.batch import Batch
 from copd.config import Config
 from copd.distill import Lesson
 from copd.ranks import Peers
-from copd_kernels import Head, logprob
-from copd_kernels.top import top_k
+from copd_kernels import Head, logprob, topk
 
 
 @torch.no_grad()
@@ -35,7 +34,7 @@ def overlaps(
         for rows, theirs, logp in zip(micro_batches, teacher.likeliest, teacher.logp, strict=False):
             head, tokens = read(rows, teacher.rows)
             head, tokens = replace(head, hidden=head.hidden[: len(theirs)]), tokens[: len(theirs)]
-            ours = top_k(head, theirs.shape[1])
+            ours, _ = topk(head, theirs.shape[1])
             common += (ours[:, :, None] == theirs[:, None]).any(2).sum(1).div(theirs.shape[1]).sum().item()
             own = logprob(head, tokens, temperature=cfg.rollout.temperature).logp
             deltas.append((logp[: len(theirs)].to(own.device) - own).cpu())

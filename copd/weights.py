@@ -8,9 +8,12 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 from transformers import PreTrainedModel
+
+from copd.settings import OptimConfig
 
 T = TypeVar("T")
 
@@ -102,6 +105,18 @@ class Whole:
             self.model.save_pretrained(folder, **options)
         finally:
             del self.model.should_save_on_this_rank
+
+
+def adamw(parameters: list[Any], cfg: OptimConfig) -> torch.optim.AdamW:
+    """Over no parameters for a base or a merged model, which is but evaluated."""
+    first_beta, second_beta = cfg.betas
+    return torch.optim.AdamW(
+        [{"params": parameters}],
+        lr=cfg.lr,
+        betas=(first_beta, second_beta),
+        eps=cfg.eps,
+        weight_decay=cfg.weight_decay,
+    )
 
 
 def vision_of(model: PreTrainedModel) -> list[nn.Module]:
