@@ -90,9 +90,8 @@ def save(directory: Path, step: int, plan: Plan, cfg: Config) -> Path:
     """Writes `checkpoint-<step>` whole or not at all, and removes the oldest beyond `cfg.keep_checkpoints`."""
     target, place = directory / f"checkpoint-{step}", plan.place
     with place.folder(target) as scratch:
-        states = {
-            branch.name: branch.state() for branch in plan.models(step)
-        }  # which the ranks of a branch make together
+        # the ranks of a branch make them together, before anything can fail on one
+        states = {branch.name: branch.state() for branch in plan.models(step)}
         if place.column == 0:
             for name, state in states.items():
                 torch.save(state, scratch / f"branch-{name}.pt")
