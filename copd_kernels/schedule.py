@@ -39,6 +39,9 @@ TILE_BYTES = 8 * MIB
 # gradient at KL 1e-3 and V = 60,000, and reaches 16,376: what a teacher asks for that masks a word with fp16's lowest
 # number where the student has half of its mass. Beyond it is infinite, which a GradScaler sees
 HEADROOM = {torch.float16: 4.0}
+# a GPU's rows of logits start at multiples of so many numbers, whatever V is: cuBLAS and the rows then read 16 bytes at
+# once. What lies between V and the next row is never written, and nothing reads it
+ALIGNED = {"cuda": 16}
 
 Rows = slice | Tensor
 
@@ -190,29 +193,36 @@ class Workspace:
     ) -> None:
         dtype, device = like.dtype, like.device
         separate = dlogits_dtype.itemsize if dlogits_dtype else 0
-        row_bytes = V * (heads * dtype.itemsize + separate)
-        self.heads, self.V = heads, V
+        stride = row_stride(V, device)
+        row_bytes = stride * (heads * dtype.itemsize + separate)
+        self.heads, self.V, self.stride = heads, V, stride
         self.kept = kept if kept is not None and kept.numel() else None
         most = budget(workspace_bytes, device) // row_bytes
         if device.type == "cpu":
             most = min(most, max(ENOUGH_TOKENS, ENOUGH_BYTES // row_bytes))
         self.chunks = chunks(N, most)
         R = max((c.stop - c.start for c in self.chunks), default=0)
-        self.z = torch.empty(heads * R * V if self.kept is None else 0, dtype=dtype, device=device)
-        self.separate = torch.empty(R * V, dtype=dlogits_dtype, device=device) if dlogits_dtype else None
+        self.z = torch.empty(heads * R * stride if self.kept is None else 0, dtype=dtype, device=device)
+        self.separate = torch.empty(R * stride, dtype=dlogits_dtype, device=device) if dlogits_dtype else None
 
     def logits(self, chunk: slice) -> Tensor:
         """(H, R, V)"""
         if self.kept is not None:
             return self.kept[chunk].unsqueeze(0)
         R = chunk.stop - chunk.start
-        return self.z[: self.heads * R * self.V].view(self.heads, R, self.V)
+        return self.z[: self.heads * R * self.stride].view(self.heads, R, self.stride)[..., : self.V]
 
     def dlogits(self, chunk: slice, dtype: torch.dtype | None = None) -> Tensor:
         """(R, V): its own memory, or the first head's logits; read as `dtype`, where that is narrower."""
         R = chunk.stop - chunk.start
         own = self.z if self.separate is None else self.separate
-        return (own if dtype is None else own.view(dtype))[: R * self.V].view(R, self.V)
+        return (own if dtype is None else own.view(dtype))[: R * self.stride].view(R, self.stride)[:, : self.V]
+
+
+def row_stride(V: int, device: torch.device) -> int:
+    """From one row of V logits to the next."""
+    step = ALIGNED.get(device.type, 1)
+    return -(-V // step) * step
 
 
 def keeps_logits(hidden: Tensor) -> bool:
@@ -223,8 +233,9 @@ def keeps_logits(hidden: Tensor) -> bool:
 def empty_logits(hidden: Tensor, V: int, dtype: torch.dtype, workspace_bytes: int, recompute: bool) -> Tensor:
     """(N, V) to keep one head's logits in, if they fit one workspace and are not to be made again; else (0, V)."""
     N = hidden.shape[0]
-    fit = not recompute and N * V * dtype.itemsize <= budget(workspace_bytes, hidden.device)
-    return hidden.new_empty(N if fit else 0, V, dtype=dtype)
+    stride = row_stride(V, hidden.device)
+    fit = not recompute and N * stride * dtype.itemsize <= budget(workspace_bytes, hidden.device)
+    return hidden.new_empty(N if fit else 0, stride, dtype=dtype)[:, :V]
 
 
 def budget(workspace_bytes: int, device: torch.device) -> int:

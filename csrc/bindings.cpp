@@ -69,15 +69,22 @@ Type type_of(const std::string& name) {
     return Type::bfloat16;
 }
 
-Logits logits_of(uintptr_t z, const std::string& type, int heads, int64_t R, int64_t V) {
+// A stride of 0 stands for V: rows without a gap.
+int64_t stride_of(int64_t stride, int64_t V) {
+    require(stride == 0 || stride >= V, "a stride must be 0 or at least V");
+    return stride ? stride : V;
+}
+
+Logits logits_of(uintptr_t z, const std::string& type, int heads, int64_t R, int64_t V, int64_t stride) {
     require(type == "float32" || type == "float64", "logits must be float32 or float64");
     require(heads > 0 && R >= 0 && V > 0 && V < INT32_MAX, "sizes must be positive, V below 2**31");
     require(R == 0 || z, "logits must not be null");
-    return {(const void*)z, type_of(type), heads, R, V};
+    return {(const void*)z, type_of(type), heads, R, V, stride_of(stride, V)};
 }
 
-Gradient gradient_of(const Logits& logits, uintptr_t dlogits, const std::string& type, double cap) {
-    Gradient gradient{(void*)dlogits, type_of(type), cap};
+Gradient gradient_of(const Logits& logits, uintptr_t dlogits, const std::string& type, double cap,
+                     int64_t stride) {
+    Gradient gradient{(void*)dlogits, type_of(type), stride_of(stride, logits.V), cap};
     bool same = gradient.type == logits.type;
     require(same || (logits.type == Type::float32 && gradient.type != Type::float64),
             "dlogits must have the logits' type, or be 16 bits wide");
@@ -120,21 +127,22 @@ constexpr bool HAS_CUDA = false;
 
 void kl(uintptr_t z, const std::string& type, int heads, int64_t R, int64_t V, int student,
         const std::vector<int>& teachers, int divergence, double beta, uintptr_t weight, double cap, uintptr_t dlogits,
-        const std::string& dlogits_type, uintptr_t value, bool on_cuda, uintptr_t place) {
-    Logits logits = logits_of(z, type, heads, R, V);
+        const std::string& dlogits_type, uintptr_t value, bool on_cuda, uintptr_t place, int64_t stride,
+        int64_t dlogits_stride) {
+    Logits logits = logits_of(z, type, heads, R, V, stride);
     check_heads(logits, student, teachers);
     require(divergence >= 0 && divergence < 4, "divergence must be in 0..3");
     require(R == 0 || value, "value must not be null");
     require(!dlogits || weight, "a gradient needs weights");
     KlArguments args{logits, student, teachers.data(), (int)teachers.size(), divergence, beta, (const void*)weight,
-                     gradient_of(logits, dlogits, dlogits_type, cap), (void*)value};
+                     gradient_of(logits, dlogits, dlogits_type, cap, dlogits_stride), (void*)value};
     call(on_cuda, place, args, &CpuRows::kl, kl_kernel);
 }
 
 void logprob(uintptr_t z, const std::string& type, int64_t R, int64_t V, const std::vector<uintptr_t>& side,
              uintptr_t top, uintptr_t tokens, const std::vector<uintptr_t>& upstream, double cap, uintptr_t dlogits,
-             const std::string& dlogits_type, bool on_cuda, uintptr_t place) {
-    Logits logits = logits_of(z, type, 1, R, V);
+             const std::string& dlogits_type, bool on_cuda, uintptr_t place, int64_t stride, int64_t dlogits_stride) {
+    Logits logits = logits_of(z, type, 1, R, V, stride);
     require(side.size() == 3 && upstream.size() == (dlogits ? 3 : 0), "there must be three numbers a row");
     for (uintptr_t x : {side[0], side[1], side[2], top}) require(R == 0 || x, "statistics must not be null");
     for (uintptr_t x : upstream) require(R == 0 || (x && tokens), "tokens and upstream must not be null");
@@ -145,7 +153,7 @@ void logprob(uintptr_t z, const std::string& type, int64_t R, int64_t V, const s
     }
     LogProbArguments args{logits, (void*)side[0], (void*)side[1], (void*)side[2], (int64_t*)top,
                           (const int64_t*)tokens, nullptr, nullptr, nullptr,
-                          gradient_of(logits, dlogits, dlogits_type, cap)};
+                          gradient_of(logits, dlogits, dlogits_type, cap, dlogits_stride)};
     if (dlogits)
         args.dlogp = (const void*)upstream[0], args.dentropy = (const void*)upstream[1],
         args.dlse = (const void*)upstream[2];
@@ -154,8 +162,8 @@ void logprob(uintptr_t z, const std::string& type, int64_t R, int64_t V, const s
 
 void agreement(uintptr_t z, const std::string& type, int heads, int64_t R, int64_t V, int student,
                const std::vector<int>& teachers, int64_t k, uintptr_t overlap, uintptr_t forward, uintptr_t reverse,
-               int threads) {
-    Logits logits = logits_of(z, type, heads, R, V);
+               int threads, int64_t stride) {
+    Logits logits = logits_of(z, type, heads, R, V, stride);
     check_heads(logits, student, teachers);
     require(k > 0 && k <= V, "k must be in 1..V");
     require(R == 0 || (overlap && forward && reverse), "results must not be null");
@@ -165,9 +173,10 @@ void agreement(uintptr_t z, const std::string& type, int heads, int64_t R, int64
     cpu().second->agreement(args, threads);
 }
 
-void softcap(uintptr_t z, const std::string& type, int64_t R, int64_t V, double cap, bool on_cuda, uintptr_t place) {
+void softcap(uintptr_t z, const std::string& type, int64_t R, int64_t V, double cap, bool on_cuda, uintptr_t place,
+             int64_t stride) {
     require(cap > 0, "cap must be positive");
-    SoftcapArguments args{logits_of(z, type, 1, R, V), cap};
+    SoftcapArguments args{logits_of(z, type, 1, R, V, stride), cap};
     call(on_cuda, place, args, &CpuRows::softcap, softcap_kernel);
 }
 
@@ -178,8 +187,13 @@ PYBIND11_MODULE(_C, m) {
     m.attr("has_cuda") = copd::HAS_CUDA;
     m.def("cuda_versions", [] { return copd::cuda_versions(); });  // of the runtime linked in, and of the driver
     m.def("isa", [] { return copd::cpu().first; });
-    m.def("kl", &copd::kl);
-    m.def("logprob", &copd::logprob);
-    m.def("agreement", &copd::agreement);
-    m.def("softcap", &copd::softcap);
+    using namespace py::literals;
+    m.def("kl", &copd::kl, "z"_a, "type"_a, "heads"_a, "R"_a, "V"_a, "student"_a, "teachers"_a, "divergence"_a, "beta"_a,
+          "weight"_a, "cap"_a, "dlogits"_a, "dlogits_type"_a, "value"_a, "on_cuda"_a, "place"_a, "stride"_a = 0,
+          "dlogits_stride"_a = 0);
+    m.def("logprob", &copd::logprob, "z"_a, "type"_a, "R"_a, "V"_a, "side"_a, "top"_a, "tokens"_a, "upstream"_a, "cap"_a,
+          "dlogits"_a, "dlogits_type"_a, "on_cuda"_a, "place"_a, "stride"_a = 0, "dlogits_stride"_a = 0);
+    m.def("agreement", &copd::agreement, "z"_a, "type"_a, "heads"_a, "R"_a, "V"_a, "student"_a, "teachers"_a, "k"_a,
+          "overlap"_a, "forward"_a, "reverse"_a, "threads"_a, "stride"_a = 0);
+    m.def("softcap", &copd::softcap, "z"_a, "type"_a, "R"_a, "V"_a, "cap"_a, "on_cuda"_a, "place"_a, "stride"_a = 0);
 }

@@ -25,7 +25,7 @@ constexpr int MAX_TEACHERS = 16;
 // What a kernel is told, by value.
 template <class S, class Out> struct Work {
     const S* z;  // (H, R, V)
-    int64_t R, V;
+    int64_t R, V, stride, out_stride;  // from row to row, of the logits and of dlogits
     int student, T;
     int teachers[MAX_TEACHERS];
     Mixture<S> mixture;
@@ -41,7 +41,7 @@ template <class S, class Out> struct Work {
     const int64_t* tokens;
     const S* upstream[3];
 
-    __device__ const S* row(int head, int64_t r) const { return z + (head * R + r) * V; }
+    __device__ const S* row(int head, int64_t r) const { return z + (head * R + r) * stride; }
 };
 
 // Shared memory of a block beside the logits.
@@ -59,11 +59,11 @@ template <class S> struct Scratch {
 template <class S> struct FromMemory {
     static constexpr int N = sizeof(S) == 4 ? 8 : 2;  // columns a thread and tile
     const S* base;
-    int64_t R, V;
+    int64_t R, V, stride;
     bool aligned;
 
     template <class Out> __device__ FromMemory(const Work<S, Out>& work)
-        : base(work.z), R(work.R), V(work.V), aligned(work.aligned) {}
+        : base(work.z), R(work.R), V(work.V), stride(work.stride), aligned(work.aligned) {}
 
     __device__ int64_t first_row() const { return blockIdx.x; }
     __device__ int64_t row_step() const { return gridDim.x; }
@@ -79,7 +79,7 @@ template <class S> struct FromMemory {
     }
 
     __device__ void load(int, int head, int64_t r, int64_t col, S (&x)[N]) const {
-        const S* from = base + (head * R + r) * V + col;
+        const S* from = base + (head * R + r) * stride + col;
         if (aligned && col + N <= V) {
             constexpr int STEP = 16 / sizeof(S);
 #pragma unroll
@@ -123,7 +123,7 @@ inline Ring cut(int64_t V, int heads, size_t shared_bytes, int segment = SEGMENT
 struct FromCluster {
     static constexpr int N = 4;
     const float* z;
-    int64_t R, V;
+    int64_t R, V, stride;
     Ring ring;
     float* buffer;       // [slots][heads][SEGMENT]
     uint64_t* barriers;  // [slots]
@@ -133,7 +133,7 @@ struct FromCluster {
     uint32_t parity = 0; // of that slot's barrier
 
     template <class Out> __device__ FromCluster(const Work<float, Out>& work, const Ring& ring, float* shared)
-        : z(work.z), R(work.R), V(work.V), ring(ring), buffer(shared),
+        : z(work.z), R(work.R), V(work.V), stride(work.stride), ring(ring), buffer(shared),
           barriers(reinterpret_cast<uint64_t*>(shared + ring.slots * ring.heads * SEGMENT)),
           row(blockIdx.x / ring.blocks), step(gridDim.x / ring.blocks) {
         start = min((int64_t)cg::this_cluster().block_rank() * ring.slice, V);
@@ -156,10 +156,11 @@ struct FromCluster {
         int64_t from_row = row + ahead / ring.segments * step;
         if (from_row >= R) return;
         int place = (slot + ahead) % ring.slots, col = start + ahead % ring.segments * SEGMENT;
-        int bytes = max(0, min(SEGMENT, stop - col)) * (int)sizeof(float);
+        // a row's last copy reads up to three numbers of the gap behind it
+        int bytes = (max(0, min(SEGMENT, stop - col)) + 3) / 4 * 4 * (int)sizeof(float);
         hopper::expect(barriers + place, bytes * ring.heads);
         for (int head = 0; head < ring.heads && bytes; ++head)
-            hopper::copy(buffer + (place * ring.heads + head) * SEGMENT, z + (head * R + from_row) * V + col, bytes,
+            hopper::copy(buffer + (place * ring.heads + head) * SEGMENT, z + (head * R + from_row) * stride + col, bytes,
                          barriers + place);
     }
 
@@ -170,12 +171,17 @@ struct FromCluster {
         hopper::wait(barriers + (wrapped ? place - ring.slots : place), parity ^ (uint32_t)wrapped);
     }
 
-    __device__ void load(int i, int head, int64_t, int64_t, float (&x)[N]) const {
+    __device__ void load(int i, int head, int64_t, int64_t col, float (&x)[N]) const {
         int place = slot + i;
         place = place >= ring.slots ? place - ring.slots : place;
         const float* from = buffer + (place * ring.heads + head) * SEGMENT + threadIdx.x * N;
         float4 four = *reinterpret_cast<const float4*>(from);
         x[0] = four.x, x[1] = four.y, x[2] = four.z, x[3] = four.w;
+        if (col + N > stop) {
+#pragma unroll
+            for (int n = 1; n < N; ++n)
+                if (col + n >= stop) x[n] = LOWEST<float>;
+        }
     }
 
     // Every thread is through with segment i: its slot takes a later one.
@@ -331,7 +337,7 @@ __device__ void kl_rows(Rows& rows, const Work<S, Out>& work, Scratch<S>& shared
             if (threadIdx.x == 0) shared.gradient = RowGradient<S>(D, shared.pairs, work.T, work.cap);
             __syncthreads();
             const RowGradient<S> gradient = shared.gradient;
-            Out* out = work.dlogits + r * work.V;
+            Out* out = work.dlogits + r * work.out_stride;
             sweep(rows, [&](int i, Index<S> col) {
                 if (col < rows.end()) {
                     S s[N], a[N] = {}, b[N] = {};
@@ -383,7 +389,7 @@ __device__ void logprob_rows(Rows& rows, const Work<S, Out>& work, Scratch<S>& s
             const Side<S> side{work.side[0][r], (Index<S>)work.top[r], work.side[1][r], S(0), work.side[2][r]};
             const LogProbGradient<S> gradient(side, (Index<S>)work.tokens[r], work.upstream[0][r],
                                               work.upstream[1][r], work.upstream[2][r], work.cap);
-            Out* out = work.dlogits + r * work.V;
+            Out* out = work.dlogits + r * work.out_stride;
             sweep(rows, [&](int i, Index<S> col) {
                 rows.wait(i);
                 if (col < rows.end()) {

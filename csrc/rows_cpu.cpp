@@ -149,7 +149,7 @@ int threads_for(int64_t heads, const Logits& logits, int threads) {
 }
 
 template <Divergence D, class S, class Out> void kl_rows(const KlArguments& args, int threads) {
-    const auto [z, type, heads, R, V] = args.logits;
+    const auto [z, type, heads, R, V, stride] = args.logits;
     constexpr bool P = D != Divergence::forward && D != Divergence::jsd;
     constexpr bool Q = D == Divergence::forward || D == Divergence::symmetric;
     const Mixture<S> m(args.beta);
@@ -165,7 +165,7 @@ template <Divergence D, class S, class Out> void kl_rows(const KlArguments& args
         S* lesson = learns ? lessons.get() + omp_get_thread_num() * V : nullptr;
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < R; ++r) {
-            auto row_of = [&](int head) { return (const S*)z + (head * R + r) * V; };
+            auto row_of = [&](int head) { return (const S*)z + (head * R + r) * stride; };
             const S* student = row_of(args.student);
             if (lesson) std::fill_n(lesson, V, S(0));
             for (int j = 0; j < args.T; ++j) {
@@ -180,18 +180,18 @@ template <Divergence D, class S, class Out> void kl_rows(const KlArguments& args
             }
             if (!args.gradient.dlogits) continue;
             RowGradient<S> row(D, pairs, args.T, S(args.gradient.cap));
-            Out* out = (Out*)args.gradient.dlogits + r * V;
+            Out* out = (Out*)args.gradient.dlogits + r * args.gradient.stride;
             differentiate<D>(student, teachers, args.T, V, pairs, row, m, lesson, out);
         }
     }
 }
 
 template <class S, class Out> void logprob_rows(const LogProbArguments& args, int threads) {
-    const auto [z, type, heads, R, V] = args.logits;
+    const auto [z, type, heads, R, V, stride] = args.logits;
     S *max = (S*)args.max, *tail = (S*)args.tail, *moment = (S*)args.moment;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t r = 0; r < R; ++r) {
-        const S* row = (const S*)z + r * V;
+        const S* row = (const S*)z + r * stride;
         if (!args.gradient.dlogits) {
             Side<S> side = measure(row, V).distribution();
             max[r] = side.max, args.top[r] = side.top, tail[r] = side.tail, moment[r] = side.moment;
@@ -201,7 +201,7 @@ template <class S, class Out> void logprob_rows(const LogProbArguments& args, in
         const Side<S> side{max[r], (Index<S>)args.top[r], tail[r], S(0), moment[r]};
         LogProbGradient<S> gradient(side, (Index<S>)args.tokens[r], at(args.dlogp), at(args.dentropy), at(args.dlse),
                                     S(args.gradient.cap));
-        Out* out = (Out*)args.gradient.dlogits + r * V;
+        Out* out = (Out*)args.gradient.dlogits + r * args.gradient.stride;
         for (int64_t col = 0; col < V; col += N * WIDTH<S>) {
             auto tile = load(row, col, V, -INFINITE<S>);
             for (int i = 0; i < N; ++i)
@@ -279,7 +279,7 @@ template <class S> int64_t top_k(const S* row, int64_t V, int64_t k, Entry<S>* h
 
 // The largest k and both divergences while a row of each head is at hand.
 template <class S> void agreement_of(const AgreementArguments& args, int threads) {
-    const auto [z, type, heads, R, V] = args.logits;
+    const auto [z, type, heads, R, V, stride] = args.logits;
     const int64_t k = args.k;
     std::unique_ptr<Entry<S>[]> heaps(new Entry<S>[threads * 2 * k]);
 #pragma omp parallel num_threads(threads)
@@ -287,7 +287,7 @@ template <class S> void agreement_of(const AgreementArguments& args, int threads
         Entry<S>*mine = heaps.get() + omp_get_thread_num() * 2 * k, *theirs = mine + k;
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < R; ++r) {
-            auto row_of = [&](int head) { return (const S*)z + (head * R + r) * V; };
+            auto row_of = [&](int head) { return (const S*)z + (head * R + r) * stride; };
             int64_t size = top_k(row_of(args.student), V, k, mine);
             for (int j = 0; j < args.T; ++j) {
                 int64_t other_size = top_k(row_of(args.teachers[j]), V, k, theirs), common = 0;
@@ -311,11 +311,11 @@ template <class S> void agreement_of(const AgreementArguments& args, int threads
 // --- softcap --------------------------------------------------------------------------------------
 
 template <class S> void softcap_of(const SoftcapArguments& args, int threads) {
-    const auto [z, type, heads, R, V] = args.logits;
+    const auto [z, type, heads, R, V, stride] = args.logits;
     const S cap = S(args.cap);
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t r = 0; r < R; ++r) {
-        S* row = (S*)z + r * V;
+        S* row = (S*)z + r * stride;
         for (int64_t col = 0; col < V; col += N * WIDTH<S>) {
             auto tile = load(row, col, V, S(0));
             for (auto& x : tile.x) x = soft_capped(x, cap);

@@ -119,9 +119,10 @@ template <class Kernel, class Arguments> void launch_blocks(Kernel kernel, const
 template <class S, class Out> Work<S, Out> work_on(const Logits& logits, const Gradient& gradient) {
     Work<S, Out> work{};
     work.z = (const S*)logits.z, work.R = logits.R, work.V = logits.V;
+    work.stride = logits.stride, work.out_stride = gradient.stride;
     work.cap = S(gradient.cap), work.dlogits = (Out*)gradient.dlogits;
-    work.aligned = logits.V * sizeof(S) % 16 == 0 && (uintptr_t)logits.z % 16 == 0
-        && logits.V * sizeof(Out) % 16 == 0 && (uintptr_t)gradient.dlogits % 16 == 0;
+    work.aligned = logits.stride * sizeof(S) % 16 == 0 && (uintptr_t)logits.z % 16 == 0
+        && gradient.stride * sizeof(Out) % 16 == 0 && (uintptr_t)gradient.dlogits % 16 == 0;
     return work;
 }
 
@@ -155,9 +156,11 @@ template <class S, class Out> void run_logprob(const LogProbArguments& args, uin
 }
 
 template <class S> void run_softcap(const SoftcapArguments& args, uintptr_t stream) {
-    int64_t count = args.logits.R * args.logits.V, blocks = (count + 4 * THREADS - 1) / (4 * THREADS);
+    const auto& logits = args.logits;
+    // gaps between rows with them
+    int64_t count = (logits.R - 1) * logits.stride + logits.V, blocks = (count + 4 * THREADS - 1) / (4 * THREADS);
     blocks = std::min<int64_t>(blocks, 16 * attribute(cudaDevAttrMultiProcessorCount));
-    softcap_from_memory<S><<<unsigned(blocks), THREADS, 0, (cudaStream_t)stream>>>((S*)args.logits.z, count,
+    softcap_from_memory<S><<<unsigned(blocks), THREADS, 0, (cudaStream_t)stream>>>((S*)logits.z, count,
                                                                                   S(args.cap));
     check(cudaGetLastError(), "launch");
 }

@@ -7,18 +7,19 @@ namespace copd {
 
 enum class Type { float32, float64, float16, bfloat16 };
 
-// A chunk's logits (H, R, V), contiguous, float32 or float64; per-token numbers are in the same type.
+// A chunk's logits (H, R, V), rows `stride` numbers apart and heads R rows, float32 or float64; per-token numbers are in the same type.
 struct Logits {
     const void* z;
     Type type;
     int heads;
-    int64_t R, V;
+    int64_t R, V, stride;
 };
 
 // The gradient (R, V) with respect to the student's logits before its softcap; null for none. It may be those logits.
 struct Gradient {
     void* dlogits;
     Type type;
+    int64_t stride;  // from row to row
     double cap;  // the student's softcap over temperature; 0 for none
 };
 

@@ -2,7 +2,7 @@
 
 A backend is a module with five functions: `torch` runs anywhere, `triton` on GPUs, `native` is compiled from csrc/ for
 CPUs and GPUs. z is (H, R, V) fp32 or fp64: the chunk's finished logits of every head (temperature, bias and softcap
-applied), contiguous. Per-token results are (R,) or (T, R) in z's dtype.
+applied); rows are contiguous, and may have a gap between them. Per-token results are (R,) or (T, R) in z's dtype.
 
     softcap(z, cap) -> None, one head's unfinished (R, V) becoming cap * tanh(z / cap)
     logprob(z) -> Side, each row's statistics beside no other; `stats` makes log-probability, entropy and lse of them

@@ -44,19 +44,31 @@ def _log1p(x):
 
 
 @triton.jit
-def _softcap_kernel(
-    z_ptr,  # (size,)
-    cap_ptr,  # (1,)
-    size,
-    BLOCK: tl.constexpr,
-):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < size
-    cap = tl.load(cap_ptr)
-    x = tl.load(z_ptr + at, mask=inside, other=0.0) / cap
+def _soft_capped(z, cap):
+    """cap tanh(z / cap), precise near 0 too."""
+    x = z / cap
     less = _expm1(-2 * tl.abs(x))
     t = cap * (less / (2 + less))
-    tl.store(z_ptr + at, tl.where(x > 0, -t, t), mask=inside)
+    return tl.where(x > 0, -t, t)
+
+
+@triton.jit
+def _softcap_kernel(
+    z_ptr,  # (R, V)
+    cap_ptr,  # (1,)
+    V,
+    stride,
+    BLOCK: tl.constexpr,
+):
+    row_ptr = z_ptr + tl.program_id(0).to(tl.int64) * stride
+    start = tl.program_id(1) * BLOCK
+    cols = start + tl.arange(0, BLOCK)
+    if start + BLOCK <= V:
+        tl.store(row_ptr + cols, _soft_capped(tl.load(row_ptr + cols), tl.load(cap_ptr)))
+    else:
+        inside = cols < V
+        z = tl.load(row_ptr + cols, mask=inside, other=0.0)
+        tl.store(row_ptr + cols, _soft_capped(z, tl.load(cap_ptr)), mask=inside)
 
 
 @triton.jit
@@ -125,6 +137,7 @@ def _jsd_sums_kernel(
     moment_ptr,  # (T, R, S) sum of p (u - u_top)
     R,
     V,
+    stride,
     stride_head,
     student,
     heads,
@@ -138,12 +151,12 @@ def _jsd_sums_kernel(
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     S = tl.num_programs(1)
-    s_ptr = z_ptr + student.to(tl.int64) * stride_head + row * V
+    s_ptr = z_ptr + student.to(tl.int64) * stride_head + row * stride
     start = split * count * BLOCK
     zero = tl.zeros([BLOCK], z_ptr.dtype.element_ty)
     t_ptrs, each, sums = (), (), ()
     for j in tl.static_range(T):
-        t_ptrs = t_ptrs + (_head_row(z_ptr, heads, j, row, stride_head, V, BITS),)
+        t_ptrs = t_ptrs + (_head_row(z_ptr, heads, j, row, stride_head, stride, BITS),)
         t_max, t_inv = _number(t_max_ptr, j, R, row), _number(t_inv_ptr, j, R, row)
         each = each + ((t_max, t_inv, _number(gap_ptr, j, R, row), _number(u_top_ptr, j, R, row)),)
         sums = sums + ((zero, zero, zero),)
@@ -220,8 +233,10 @@ def _kl_grad_kernel(
     beta_ptr,  # (1,)
     rest_ptr,  # (1,)
     cap_ptr,  # (1,)
+    out_stride,
     R,
     V,
+    stride,
     stride_head,
     student,
     heads,
@@ -237,8 +252,8 @@ def _kl_grad_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
-    s_ptr = z_ptr + student.to(tl.int64) * stride_head + row * V
-    out_ptr = dlogits_ptr + row * V
+    s_ptr = z_ptr + student.to(tl.int64) * stride_head + row * stride
+    out_ptr = dlogits_ptr + row * out_stride
     start = split * count * BLOCK
     s_max, inv = tl.load(max_ptr + row), tl.load(inv_ptr + row)
     top, centre, at_top = tl.load(top_ptr + row).to(tl.int32), tl.load(centre_ptr + row), tl.load(at_top_ptr + row)
@@ -249,7 +264,7 @@ def _kl_grad_kernel(
         # a teacher without weight is the student itself: whatever its logits are, they are not read
         idle = weight == 0
         total += tl.abs(weight)
-        t_ptrs = t_ptrs + (tl.where(idle, s_ptr, _head_row(z_ptr, heads, j, row, stride_head, V, BITS)),)
+        t_ptrs = t_ptrs + (tl.where(idle, s_ptr, _head_row(z_ptr, heads, j, row, stride_head, stride, BITS)),)
         offset, gap, t_max = tl.where(idle, 0.0, offset), tl.where(idle, 0.0, gap), tl.where(idle, s_max, t_max)
         each = each + ((weight, offset, t_max, _number(t_weight_ptr, j, R, row), gap),)
     numbers = (s_max, inv, top, centre, at_top, total != 0, tl.load(beta_ptr), tl.load(rest_ptr), each)
@@ -292,7 +307,9 @@ def _logprob_grad_kernel(
     dlse_ptr,  # (R,)
     at_top_ptr,  # (R,)
     cap_ptr,  # (1,)
+    out_stride,
     V,
+    stride,
     count,
     rest,
     HAS_CAP: tl.constexpr,
@@ -300,7 +317,7 @@ def _logprob_grad_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
-    row_ptr, out_ptr = z_ptr + row * V, dlogits_ptr + row * V
+    row_ptr, out_ptr = z_ptr + row * stride, dlogits_ptr + row * out_stride
     start = split * count * BLOCK
     token, top = tl.load(token_ptr + row), tl.load(top_ptr + row).to(tl.int32)
     # an id beyond 32 bits is no column
@@ -319,11 +336,11 @@ def _logprob_grad_kernel(
 
 
 @triton.jit
-def _teacher_rows(z_ptr, heads, row, stride_head, V, T: tl.constexpr, TP: tl.constexpr, BITS: tl.constexpr):
+def _teacher_rows(z_ptr, heads, row, stride_head, stride, T: tl.constexpr, TP: tl.constexpr, BITS: tl.constexpr):
     j = tl.arange(0, TP)
     # padding lanes read teacher 0 again; their results are never stored
     head = (heads >> (BITS * tl.where(j < T, j, 0)).to(tl.int64)) & ((1 << BITS) - 1)
-    return j, z_ptr + head * stride_head + row * V
+    return j, z_ptr + head * stride_head + row * stride
 
 
 @triton.jit(do_not_specialize=VARYING[:3])
@@ -336,6 +353,7 @@ def _overlap_kernel(
     common_ptr,  # (T, R) int32
     R,
     V,
+    stride,
     stride_head,
     student,
     heads,
@@ -345,8 +363,8 @@ def _overlap_kernel(
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    s_ptr = z_ptr + student.to(tl.int64) * stride_head + row * V
-    j, t_ptr = _teacher_rows(z_ptr, heads, row, stride_head, V, T, TP, BITS)
+    s_ptr = z_ptr + student.to(tl.int64) * stride_head + row * stride
+    j, t_ptr = _teacher_rows(z_ptr, heads, row, stride_head, stride, T, TP, BITS)
     real = j < T
     each = j.to(tl.int64) * R + row
     least, room = tl.load(least_ptr + row), tl.load(room_ptr + row)

@@ -30,9 +30,9 @@ def _exp(x):
 
 
 @triton.jit
-def _head_row(z_ptr, heads, j, row, stride_head, V, BITS: tl.constexpr):
+def _head_row(z_ptr, heads, j, row, stride_head, stride, BITS: tl.constexpr):
     """Where this row of teacher j starts."""
-    return z_ptr + ((heads >> (BITS * j)) & ((1 << BITS) - 1)).to(tl.int64) * stride_head + row * V
+    return z_ptr + ((heads >> (BITS * j)) & ((1 << BITS) - 1)).to(tl.int64) * stride_head + row * stride
 
 
 @triton.jit
@@ -183,6 +183,7 @@ def _kl_stats_kernel(
     t_moment_ptr,  # (T, R, S)
     R,
     V,
+    stride,
     stride_head,
     student,
     heads,
@@ -197,12 +198,12 @@ def _kl_stats_kernel(
     split = tl.program_id(1)
     S = tl.num_programs(1)
     TILE: tl.constexpr = U * LANES * 4
-    s_ptr = z_ptr + student.to(tl.int64) * stride_head + row * V
+    s_ptr = z_ptr + student.to(tl.int64) * stride_head + row * stride
     start = split * count * TILE
     t_ptrs, teachers, pairs = (), (), ()
     zero = tl.zeros([LANES], z_ptr.dtype.element_ty)
     for j in tl.static_range(T):
-        t_ptrs = t_ptrs + (_head_row(z_ptr, heads, j, row, stride_head, V, BITS),)
+        t_ptrs = t_ptrs + (_head_row(z_ptr, heads, j, row, stride_head, stride, BITS),)
         teachers = teachers + (_fresh(z_ptr, start, LANES),)
         pairs = pairs + ((zero, zero),)
     state = (_fresh(z_ptr, start, LANES), teachers, pairs, pairs)
@@ -251,6 +252,7 @@ def _logprob_stats_kernel(
     tail_ptr,  # (R, S)
     moment_ptr,  # (R, S)
     V,
+    stride,
     count,
     rest,
     LANES: tl.constexpr,
@@ -260,7 +262,7 @@ def _logprob_stats_kernel(
     split = tl.program_id(1)
     S = tl.num_programs(1)
     TILE: tl.constexpr = U * LANES * 4
-    row_ptr = z_ptr + row * V
+    row_ptr = z_ptr + row * stride
     start = split * count * TILE
     state = (_fresh(z_ptr, start, LANES), tl.zeros([LANES], z_ptr.dtype.element_ty))
     for i in range(count):

@@ -19,7 +19,9 @@ def logprob(z: Tensor) -> Side:
     top = torch.empty(R, dtype=torch.int64, device=z.device)
     side = [x.data_ptr() for x in (max, tail, moment)]
     with torch.cuda.device_of(z):
-        _C.logprob(z.data_ptr(), name(z), R, V, side, top.data_ptr(), 0, [], *gradient(z, None, None), *place(z))
+        _C.logprob(
+            z.data_ptr(), name(z), R, V, side, top.data_ptr(), 0, [], *gradient(z, None, None), *place(z), *gaps(z)
+        )
     return Side(max, top, tail, torch.zeros_like(max), moment)
 
 
@@ -49,6 +51,7 @@ def logprob_grad(
             addresses[3:],
             *gradient(z, cap, dlogits),
             *place(z),
+            *gaps(z, dlogits),
         )
 
 
@@ -80,6 +83,7 @@ def kl(
             kind,
             value.data_ptr(),
             *place(z),
+            *gaps(z, dlogits),
         )
     return value
 
@@ -90,19 +94,27 @@ def agreement(z: Tensor, student: int, teachers: list[int], k: int) -> tuple[Ten
         return overlap(z, student, teachers, k), forward, reverse
     common, forward, reverse = (z.new_empty(len(teachers), z.shape[1]) for _ in range(3))
     addresses = (x.data_ptr() for x in (common, forward, reverse))
-    _C.agreement(z.data_ptr(), name(z), *z.shape, student, teachers, k, *addresses, torch.get_num_threads())
+    threads = torch.get_num_threads()
+    _C.agreement(z.data_ptr(), name(z), *z.shape, student, teachers, k, *addresses, threads, *gaps(z))
     return common, forward, reverse
 
 
 def softcap(z: Tensor, cap: float) -> None:
     with torch.cuda.device_of(z):
-        _C.softcap(z.data_ptr(), name(z), *z.shape, cap, *place(z))
+        _C.softcap(z.data_ptr(), name(z), *z.shape, cap, *place(z), *gaps(z.unsqueeze(0)))
 
 
 def gradient(z: Tensor, cap: float | None, dlogits: Tensor | None) -> tuple[float, int, str]:
     if dlogits is None:
         return 0.0, 0, name(z)
     return cap or 0.0, dlogits.data_ptr(), name(dlogits)
+
+
+def gaps(z: Tensor, dlogits: Tensor | None = None) -> list[int]:
+    """From row to row, of the logits and of dlogits; nothing where rows follow one another."""
+    V = z.shape[-1]
+    strides = [z.stride(1), V if dlogits is None else dlogits.stride(0)]
+    return [] if strides == [V, V] else strides[: 1 if dlogits is None else 2]
 
 
 def name(x: Tensor) -> str:

@@ -60,7 +60,9 @@ def logprob(z: Tensor) -> Side:
     S, *tiles = pieces(R, V, 4 * LANES * U)
     m, tail, moment = (z.new_empty(R, S) for _ in range(3))
     top = torch.empty(R, S, dtype=torch.int32, device=z.device)
-    _logprob_stats_kernel[(R, S)](z, m, top, tail, moment, V, *tiles, LANES=LANES, U=U, num_warps=NUM_WARPS)
+    _logprob_stats_kernel[(R, S)](
+        z, m, top, tail, moment, V, z.stride(1), *tiles, LANES=LANES, U=U, num_warps=NUM_WARPS
+    )
     return merge(Side(m, ids(top, V), tail, torch.zeros_like(m), moment)).distribution()
 
 
@@ -92,7 +94,9 @@ def logprob_grad(
         dlse.contiguous(),
         at_top,
         number(z, cap),
+        dlogits.stride(0),
         V,
+        z.stride(1),
         *tiles,
         HAS_CAP=cap is not None,
         BLOCK=BLOCK,
@@ -187,6 +191,7 @@ def kl_grad(
         row.gap.contiguous(),
         *shares(z, row.beta),
         number(z, cap),
+        dlogits.stride(0),
         *placed(z, student, teachers),
         *tiles,
         REVERSE=divergence in ("reverse", "symmetric"),
@@ -236,9 +241,9 @@ def overlap(z: Tensor, student: int, teachers: list[int], k: int) -> Tensor:
 
 @on_its_device
 def softcap(z: Tensor, cap: float) -> None:
-    BLOCK = min(TILE, max(16, triton.next_power_of_2(z.numel())))
-    grid = (triton.cdiv(z.numel(), BLOCK),)
-    _softcap_kernel[grid](z, number(z, cap), z.numel(), BLOCK=BLOCK, num_warps=NUM_WARPS)
+    R, V = z.shape
+    BLOCK = min(TILE, max(16, triton.next_power_of_2(V)))
+    _softcap_kernel[(R, triton.cdiv(V, BLOCK))](z, number(z, cap), V, z.stride(0), BLOCK=BLOCK, num_warps=NUM_WARPS)
 
 
 def boundary(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -304,6 +309,6 @@ def ids(top: Tensor, V: int) -> Tensor:
 
 
 def placed(z: Tensor, student: int, teachers: list[int]) -> tuple[int, ...]:
-    """Where a kernel finds its heads: R, V, the way from head to head, the student, and the teachers in one number."""
+    """Where a kernel finds its heads: R, V, the way to the next row and head, student, and all teachers in one."""
     _, R, V = z.shape
-    return R, V, z.stride(0), student, sum(head << (HEAD_BITS * j) for j, head in enumerate(teachers))
+    return R, V, z.stride(1), z.stride(0), student, sum(head << (HEAD_BITS * j) for j, head in enumerate(teachers))

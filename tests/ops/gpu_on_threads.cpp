@@ -40,10 +40,11 @@ template <class S, class Out> void kl(int divergence, Work<S, Out> work, int hea
 }
 
 template <class S, class Out>
-Work<S, Out> work_on(const void* z, long R, long V, double cap, void* dlogits) {
+Work<S, Out> work_on(const void* z, long R, long V, long stride, double cap, void* dlogits) {
     Work<S, Out> work{};
     work.z = (const S*)z, work.R = R, work.V = V, work.cap = S(cap), work.dlogits = (Out*)dlogits;
-    work.aligned = V * sizeof(S) % 16 == 0 && V * sizeof(Out) % 16 == 0;
+    work.stride = stride, work.out_stride = stride;
+    work.aligned = stride * sizeof(S) % 16 == 0 && stride * sizeof(Out) % 16 == 0;
     return work;
 }
 
@@ -56,11 +57,11 @@ template <class S, class F> void with_output(int type, F f) {
 }
 
 template <class S>
-void kl_as(const void* z, int heads, long R, long V, int student, const int* teachers, int T, int divergence,
+void kl_as(const void* z, int heads, long R, long V, long stride, int student, const int* teachers, int T, int divergence,
            double beta, const void* weight, double cap, void* dlogits, int type, void* value, int clusters,
            long shared) {
     with_output<S>(type, [&](auto out) {
-        auto work = work_on<S, decltype(out)>(z, R, V, cap, dlogits);
+        auto work = work_on<S, decltype(out)>(z, R, V, stride, cap, dlogits);
         work.student = student, work.T = T, work.mixture = Mixture<S>(beta), work.weight = (const S*)weight;
         std::copy(teachers, teachers + T, work.teachers);
         work.value = (S*)value;
@@ -69,11 +70,11 @@ void kl_as(const void* z, int heads, long R, long V, int student, const int* tea
 }
 
 template <class S>
-void logprob_as(const void* z, long R, long V, void* const* side, int64_t* top,
+void logprob_as(const void* z, long R, long V, long stride, void* const* side, int64_t* top,
                 const int64_t* tokens, void* const* upstream, double cap, void* dlogits,
                 int type, int clusters, long shared) {
     with_output<S>(type, [&](auto out) {
-        auto work = work_on<S, decltype(out)>(z, R, V, cap, dlogits);
+        auto work = work_on<S, decltype(out)>(z, R, V, stride, cap, dlogits);
         work.top = top, work.tokens = tokens;
         for (int i = 0; i < 3; ++i) work.side[i] = (S*)side[i], work.upstream[i] = (const S*)upstream[i];
         run(work, 1, clusters, shared,
@@ -87,29 +88,29 @@ void logprob_as(const void* z, long R, long V, void* const* side, int64_t* top,
 extern "C" {
 int cluster_blocks(long V, int heads, long shared, int segment) { return cut(V, heads, shared, segment).blocks; }
 
-void kl_float(const void* z, int heads, long R, long V, int student, const int* teachers, int T, int divergence,
+void kl_float(const void* z, int heads, long R, long V, long stride, int student, const int* teachers, int T, int divergence,
               double beta, const void* weight, double cap, void* dlogits, int type, void* value, int clusters,
               long shared) {
-    kl_as<float>(z, heads, R, V, student, teachers, T, divergence, beta, weight, cap, dlogits, type, value, clusters,
+    kl_as<float>(z, heads, R, V, stride, student, teachers, T, divergence, beta, weight, cap, dlogits, type, value, clusters,
                  shared);
 }
-void kl_double(const void* z, int heads, long R, long V, int student, const int* teachers, int T, int divergence,
+void kl_double(const void* z, int heads, long R, long V, long stride, int student, const int* teachers, int T, int divergence,
                double beta, const void* weight, double cap, void* dlogits, int type, void* value, int clusters,
                long shared) {
-    kl_as<double>(z, heads, R, V, student, teachers, T, divergence, beta, weight, cap, dlogits, type, value, clusters,
+    kl_as<double>(z, heads, R, V, stride, student, teachers, T, divergence, beta, weight, cap, dlogits, type, value, clusters,
                   shared);
 }
-void logprob_float(const void* z, long R, long V, void* const* side, int64_t* top,
+void logprob_float(const void* z, long R, long V, long stride, void* const* side, int64_t* top,
                 const int64_t* tokens, void* const* upstream, double cap,
                    void* dlogits, int type, int clusters, long shared) {
-    logprob_as<float>(z, R, V, side, top, tokens, upstream, cap, dlogits, type, clusters, shared);
+    logprob_as<float>(z, R, V, stride, side, top, tokens, upstream, cap, dlogits, type, clusters, shared);
 }
 void softcap_float(float* z, long count, float cap) {
     emulated::launch(3, 1, THREADS, 0, [&](char*) { softcap_values(z, count, cap); });
 }
-void logprob_double(const void* z, long R, long V, void* const* side, int64_t* top,
+void logprob_double(const void* z, long R, long V, long stride, void* const* side, int64_t* top,
                 const int64_t* tokens, void* const* upstream, double cap,
                     void* dlogits, int type, int clusters, long shared) {
-    logprob_as<double>(z, R, V, side, top, tokens, upstream, cap, dlogits, type, clusters, shared);
+    logprob_as<double>(z, R, V, stride, side, top, tokens, upstream, cap, dlogits, type, clusters, shared);
 }
 }

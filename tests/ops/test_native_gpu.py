@@ -21,6 +21,8 @@ READERS = {
     "memory, aligned": (1024, 0, 0),
     "one block": (700, 1, 30_000),
     "two blocks, a turning ring": (1504, 1, 14_000),
+    "memory, rows with a gap": (1003, 0, 0),
+    "two blocks, rows with a gap": (1503, 1, 14_000),
     "two clusters": (1504, 2, 14_000),
     "four blocks, the last with fewer segments": (2052, 1, 16_000),
 }
@@ -42,8 +44,14 @@ def address(x):
     return ctypes.c_void_p(None if x is None else x.data_ptr())
 
 
-def logits(heads, R, V, dtype=torch.float32):
-    z = 3 * torch.randn(heads, R, V, dtype=dtype)
+def rows_of(*shape, gap=0, dtype=torch.float32):
+    """NaN, in the gap between rows too."""
+    *rows, V = shape
+    return torch.full((*rows, V + gap), torch.nan, dtype=dtype)[..., :V]
+
+
+def logits(heads, R, V, dtype=torch.float32, gap=0):
+    z = rows_of(heads, R, V, gap=gap, dtype=dtype).copy_(3 * torch.randn(heads, R, V))
     z[0, 1, 5] = 40  # a peaked row
     z[1:, -1] = z[0, -1] + 1e-3 * torch.randn(V, dtype=dtype)  # near agreement
     return z
@@ -55,7 +63,8 @@ def emulated_kl(gpu, z, teachers, divergence, reader, weight, cap, dlogits):
     value = torch.full((len(teachers), R), torch.nan, dtype=z.dtype)
     run = gpu.kl_double if z.dtype == torch.float64 else gpu.kl_float
     run(
-        address(z), H, ctypes.c_long(R), ctypes.c_long(V), 0, (ctypes.c_int * len(teachers))(*teachers), len(teachers),
+        address(z), H, ctypes.c_long(R), ctypes.c_long(V), ctypes.c_long(z.stride(1)), 0,
+        (ctypes.c_int * len(teachers))(*teachers), len(teachers),
         ORDER.index(divergence), ctypes.c_double(0.3), address(weight), ctypes.c_double(cap or 0), address(dlogits),
         CODES[z.dtype if dlogits is None else dlogits.dtype], address(value), clusters, ctypes.c_long(shared),
     )  # fmt: skip
@@ -65,14 +74,14 @@ def emulated_kl(gpu, z, teachers, divergence, reader, weight, cap, dlogits):
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_kl_rows_match_the_torch_rows(gpu, divergence, reader):
-    V = READERS[reader][0]
-    z, teachers, weight = logits(3, 5, V), [2, 1], torch.rand(2, 5)
+    V, gap = READERS[reader][0], int("gap" in reader)
+    z, teachers, weight = logits(3, 5, V, gap=gap), [2, 1], torch.rand(2, 5)
     weight[:, 2] = 0
     exact, wanted = z.double(), torch.empty(5, V, dtype=torch.float64)
     want = torch_rows.kl(exact, 0, teachers, divergence, 0.3, weight.double(), 50.0, wanted)
     single = torch.empty(5, V)
     torch_rows.kl(z, 0, teachers, divergence, 0.3, weight, 50.0, single)
-    got = torch.full((5, V), torch.nan)
+    got = rows_of(5, V, gap=gap)
     value = emulated_kl(gpu, z, teachers, divergence, READERS[reader], weight, 50.0, got)
     torch.testing.assert_close(value.double(), want, rtol=1e-4, atol=1e-6)
     assert relative(got, wanted) <= 2 * relative(single, wanted) + 2e-6
@@ -128,7 +137,8 @@ def test_double_rows_match_the_torch_rows(gpu, divergence):
 @pytest.mark.parametrize("reader", READERS)
 def test_logprob_rows_match_the_torch_rows(gpu, reader):
     V, clusters, shared = READERS[reader]
-    z, tokens = logits(1 + 1, 5, V)[:1].contiguous(), torch.randint(0, V, (5,))
+    gap = int("gap" in reader)
+    z, tokens = logits(1 + 1, 5, V, gap=gap)[:1], torch.randint(0, V, (5,))
     tokens[1] = 5
     upstream, side = torch.randn(3, 5), torch.full((3, 5), torch.nan)
     top = torch.full((5,), -7)
@@ -136,7 +146,8 @@ def test_logprob_rows_match_the_torch_rows(gpu, reader):
     def run(dlogits):
         pointers = [(ctypes.c_void_p * 3)(*(x.data_ptr() for x in numbers)) for numbers in (side, upstream)]
         gpu.logprob_float(
-            address(z), ctypes.c_long(5), ctypes.c_long(V), pointers[0], address(top), address(tokens), pointers[1],
+            address(z), ctypes.c_long(5), ctypes.c_long(V), ctypes.c_long(z.stride(1)),
+            pointers[0], address(top), address(tokens), pointers[1],
             ctypes.c_double(50.0), address(dlogits), 0, clusters, ctypes.c_long(shared // 3),
         )  # fmt: skip
 
@@ -144,7 +155,7 @@ def test_logprob_rows_match_the_torch_rows(gpu, reader):
     exact = torch_rows.logprob(z.double())
     torch.testing.assert_close(side.double(), torch.stack([exact.max, exact.tail, exact.moment]), rtol=1e-5, atol=1e-6)
     assert torch.equal(top, exact.top)
-    g, wanted = torch.full((5, V), torch.nan), torch.empty(5, V, dtype=torch.float64)
+    g, wanted = rows_of(5, V, gap=gap), torch.empty(5, V, dtype=torch.float64)
     torch_rows.logprob_grad(z.double(), exact, tokens, *upstream.double(), 50.0, wanted)
     run(g)
     assert relative(g, wanted) < 1e-5

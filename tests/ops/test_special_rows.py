@@ -2,9 +2,19 @@
 
 import pytest
 import torch
-from kernel_cases import DIVERGENCES, FLOOR, RUNS, assert_as_good_as_torch, cast, gradients, make, relative
+from kernel_cases import (
+    DIVERGENCES,
+    FLOOR,
+    RUNS,
+    SMALL_WORKSPACE,
+    assert_as_good_as_torch,
+    cast,
+    gradients,
+    make,
+    relative,
+)
 
-from copd_kernels import Head, agreement, kl, logprob, mutual_kl
+from copd_kernels import Head, agreement, kl, logprob, mutual_kl, schedule
 from copd_kernels.reference import diverge, log_softmax
 from copd_kernels.rows import load
 from copd_kernels.rows.stats import logprob as logprob_from
@@ -187,3 +197,60 @@ def test_a_gradient_beyond_half_precision_is_infinite_and_never_a_wrong_number(d
     assert wide[0].abs().max() > 65504
     assert narrow[0].isinf().any()
     assert torch.equal(narrow, wide.half())
+
+
+def apart(rows, gap=5):
+    """The same rows, with NaN between them."""
+    wide = torch.full((*rows.shape[:-1], rows.shape[-1] + gap), torch.nan, dtype=rows.dtype, device=rows.device)
+    wide[..., :-gap] = rows
+    return wide[..., :-gap]
+
+
+@pytest.mark.parametrize(("backend", "device"), RUNS)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_what_lies_between_rows_reaches_no_divergence(divergence, backend, device):
+    z, weight = 3 * torch.randn(3, 4, 1003, device=device), torch.rand(2, 4, device=device)
+    value, dlogits = run_kl(backend, z, weight, divergence)
+    spread = apart(z)
+    got = load(backend).kl(spread, 0, [1, 2], divergence, 0.3, weight, None, spread[0])
+    assert torch.equal(got, value)
+    assert torch.equal(spread[0], dlogits)
+    assert spread[0].as_strided((4, 5), (1008, 1), 1003).isnan().all()
+
+
+@pytest.mark.parametrize(("backend", "device"), RUNS)
+def test_what_lies_between_rows_reaches_no_other_result(backend, device):
+    rows = load(backend)
+    z, upstream = 3 * torch.randn(2, 4, 1003, device=device), torch.rand(3, 4, device=device)
+    tokens, dlogits = torch.randint(0, 1003, (4,), device=device), torch.full_like(z[0], torch.nan)
+    side, spread, out = rows.logprob(z[:1]), apart(z), apart(torch.full_like(z[0], torch.nan), 7)
+    for got, want in zip(rows.logprob(spread[:1]), side, strict=True):
+        assert torch.equal(got, want)
+    rows.logprob_grad(z[:1], side, tokens, *upstream, 2.0, dlogits)
+    rows.logprob_grad(spread[:1], side, tokens, *upstream, 2.0, out)
+    assert torch.equal(out, dlogits)
+    for got, want in zip(rows.agreement(spread, 0, [1], 5), rows.agreement(z, 0, [1], 5), strict=True):
+        assert torch.equal(got, want)
+    rows.softcap(spread[0], 2.0)
+    rows.softcap(z[0], 2.0)
+    assert torch.equal(spread, z)
+
+
+@pytest.mark.parametrize(("backend", "device"), RUNS)
+def test_rows_of_a_ragged_vocabulary_start_aligned_on_a_gpu_and_nothing_else_changes(backend, device, monkeypatch):
+    tokens = torch.randint(0, 211, (37,), device=device)
+
+    def run():
+        heads = [make(37, 8, 211, device=device) for _ in range(2)]
+        loss = kl(*heads, divergence="symmetric", backend=backend, workspace_bytes=SMALL_WORKSPACE)
+        results = loss, *logprob(heads[0], tokens, backend=backend, recompute=False)
+        return [x.detach() for x in results] + [*gradients(loss + results[1].sum(), heads[0]).values()]
+
+    torch.manual_seed(0)
+    want = run()
+    monkeypatch.setattr(schedule, "ALIGNED", {"cpu": 16, "cuda": 1})
+    torch.manual_seed(0)
+    got = run()
+    assert schedule.Workspace(5, 1, 211, torch.empty(0), 0).logits(slice(0, 5)).stride() == (5 * 224, 224, 1)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
