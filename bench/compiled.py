@@ -54,7 +54,13 @@ def variants(name: str, names: list[str], fp64: bool) -> Iterator[dict[str, Any]
     like = torch.empty(0, dtype=torch.float64 if fp64 else torch.float32)
     most = MAX_TEACHERS["triton"]
     for T in ((1,) if fp64 and "stats" in name else (1, 4) if fp64 else (1, 4, most)) if "T" in names else (1,):
-        sizes = {"T": T, "TP": triton.next_power_of_2(T), "BITS": HEAD_BITS, "LANES": rows.LANES, "U": rows.spans(like)}
+        sizes = {
+            "T": T,
+            "TP": triton.next_power_of_2(T),
+            "BITS": HEAD_BITS,
+            "LANES": rows.LANES,
+            "U": rows.spans(like, T),
+        }
         sizes["BLOCK"] = rows.sums_block(like, T) if "sums" in name else rows.block(like, T)
         if "overlap" in name:
             sizes["BLOCK"] = rows.COUNT_TILE // sizes["TP"]

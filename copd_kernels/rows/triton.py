@@ -108,7 +108,7 @@ def logprob_grad(
 def sides(z: Tensor, student: int, teachers: list[int]) -> tuple[Side, Side]:
     """The student beside each teacher and each teacher beside the student, (T, R)."""
     _, R, V = z.shape
-    T, U, place = len(teachers), spans(z), placed(z, student, teachers)
+    T, U, place = len(teachers), spans(z, len(teachers)), placed(z, student, teachers)
     if T > 1 and z.dtype == torch.float64:  # whose statistics of several teachers do not fit the registers
         alone = [sides(z, student, [teacher]) for teacher in teachers]
         cross, moment = (torch.cat([getattr(s, name) for s, _ in alone]) for name in ("cross", "moment"))
@@ -282,11 +282,11 @@ def registers(T: int) -> int | None:
     return 168 if T > 4 else None
 
 
-def spans(z: Tensor) -> int:
+def spans(z: Tensor, T: int = 1) -> int:
     """Groups of four columns that a lane reads a tile; one in the interpreter, where it is operations that cost."""
     if triton.knobs.runtime.interpret:
         return 1
-    return 1 if z.dtype == torch.float64 else SPANS
+    return 1 if T > 4 or z.dtype == torch.float64 else SPANS
 
 
 def shares(z: Tensor, beta: float) -> tuple[Tensor, Tensor]:
