@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from copd import media, rewards, rows
+from copd.apart import Apart
 from copd.rows import MEDIA_COLUMNS
 from copd.schema import digest
 from copd.settings import DataConfig
@@ -40,7 +41,8 @@ class FileTask:
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.chat = cfg.chat and getattr(processor, "chat_template", None) is not None
         self.placeholders = placeholders(processor, cfg)
-        self.functions = [rewards.load(reward) for reward in cfg.rewards]
+        limit = cfg.reward_timeout
+        self.functions = [rewards.load(name) if limit is None else Apart(name, limit) for name in cfg.rewards]
         self.reward_stats: dict[str, float] = {}
         """mean and standard deviation of each reward in the last call, for the log"""
         self.overlong: set[tuple[Split, int]] = set()

@@ -142,7 +142,7 @@ def combine(
     totals: list[float | None] = [None] * len(completions)
     for name, function, weight in zip(names, functions, weights, strict=True):
         try:
-            parts[name] = _call(name, function, prompts, completions, columns)
+            parts[name] = call(name, function, prompts, completions, columns)
         except Exception as error:
             if isinstance(error, WrongList):
                 raise
@@ -151,7 +151,7 @@ def combine(
             for i in range(len(completions)):
                 row = {column: values[i : i + 1] for column, values in columns.items()}
                 try:
-                    parts[name][i] = _call(name, function, prompts[i : i + 1], completions[i : i + 1], row)[0]
+                    parts[name][i] = call(name, function, prompts[i : i + 1], completions[i : i + 1], row)[0]
                 except Exception as problem:
                     problems[i] = f"{name} raised {type(problem).__name__}: {problem}"
         for i, reward in enumerate(parts[name]):
@@ -170,9 +170,10 @@ class WrongList(ValueError):
     """What a reward returned is not one value for each completion: a fault of the function, not of a row."""
 
 
-def _call(
+def call(
     name: str, function: Reward, prompts: list[Any], completions: list[Completion], columns: dict[str, list[Any]]
 ) -> list[float | None]:
+    """What `function` gives. Raises `WrongList` for anything but one value a completion."""
     rewards: Any = function(prompts=prompts, completions=completions, **columns)
     if inspect.iscoroutine(rewards):
         rewards = asyncio.run(rewards)

@@ -85,6 +85,9 @@ class DataConfig:
     """weight of each reward; None is 1 each"""
     max_failed_rewards: float = 0.25
     """share of a batch whose rewards may fail: those completions are logged and left out of the loss"""
+    reward_timeout: float | None = None
+    """seconds that a reward may take for a batch, and then for each completion alone, each in a process of its own;
+    None sets no limit"""
     max_prompt_tokens: int | None = None
     """longest prompt, media included; None for no limit"""
     overlong: Literal["error", "next"] = "error"
@@ -95,6 +98,8 @@ class DataConfig:
     """frames a second that are taken from a video file, and that a folder of frames has"""
 
     def __post_init__(self) -> None:
+        limit = self.reward_timeout
+        require(limit is None or limit > 0, "data.reward_timeout must be above 0, or null", limit)
         at_least(self, "data.", max_prompt_tokens=1, max_frames=1, test_rows=0)
         require(0 <= self.max_failed_rewards <= 1, "data.max_failed_rewards must be in [0, 1]", self.max_failed_rewards)
         require(self.fps > 0, "data.fps must be above 0", self.fps)
