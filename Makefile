@@ -17,7 +17,7 @@ setup: .venv/ready
 
 # for one test, beside .venv: with torchvision processors are others. Tried once; where it cannot be had, the test is
 # skipped with the log's last line. torchvision is emptied of what registers CUDA's operators
-$(VLLM)/log.txt: .venv/ready tests/loop/vllm.txt
+$(VLLM)/log.txt: tests/loop/vllm.txt | .venv/ready
 	$(PYTHON) -m venv --clear $(VLLM)
 	-$(VLLM)/bin/pip install -q --disable-pip-version-check --retries 1 --no-deps -r tests/loop/vllm.txt >$@ 2>&1
 	for site in $(VLLM)/lib/python3*/site-packages; do \

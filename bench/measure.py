@@ -80,19 +80,27 @@ class Clock:
 
     def peak(self, call: Callable[[], object]) -> float | None:
         """MiB that one call adds at its peak; None where the system cannot tell."""
+        before = self.low()
+        call()
+        return self.risen(before)
+
+    def low(self) -> int:
+        """Bytes in use, from which `risen` counts on."""
         self.settle()
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            call()
-            self.wait()
-            return (torch.cuda.max_memory_allocated() - before) / MIB
+            return torch.cuda.memory_allocated()
         if self.linux:
             # freed memory goes back to the system, and the high-water mark down to what is left
             ctypes.CDLL(None).malloc_trim(0)
             WATERMARK.write_text("5")
-            before = resident("VmRSS")
-        call()
+            return resident("VmRSS")
+        return 0
+
+    def risen(self, before: int) -> float | None:
+        if self.cuda:
+            self.wait()
+            return (torch.cuda.max_memory_allocated() - before) / MIB
         return (resident("VmHWM") - before) / MIB if self.linux else None
 
 

@@ -151,7 +151,7 @@ def block(everything: list[Data]) -> str:
 
 def table(rows: list[Row]) -> str:
     """Every contender of every row, as Markdown that reads well in a terminal."""
-    kinds = {"accuracy": accuracy, "rows": row_math, "step": step, "trainer": trainer}
+    kinds = {"accuracy": accuracy, "rows": row_math, "step": step, "trainer": trainer, "loop": loop}
     return "\n".join(kinds.get(row["op"], contenders)(row) for row in rows)
 
 
@@ -227,6 +227,19 @@ def trainer(row: Row) -> str:
     words = [f"a step of {row['trainer']}, {title(row).removeprefix('trainer, ')}"]
     words += [f"T={row['T']}, {row['divergence']}"] if "T" in row else ["log-probs and entropies"]
     return markdown(", ".join(words), header, cells)
+
+
+def loop(row: Row) -> str:
+    cells = [
+        [e["name"], f"{ms(e):,.0f}", f"{statistics.median(e['tokens_per_s']):,.1f}", form("{:,.0f}", e["peak_mib"])]
+        for e in row["entries"]
+    ]
+    what = f"{row['N']} completions of up to {row['limit']} tokens, {row['mean']} on average"
+    return markdown(
+        f"a step of GRPO, sampling included, {title(row).removeprefix('loop, ')}, {what}",
+        ["", "ms", "tokens/s", "MiB"],
+        cells,
+    )
 
 
 def markdown(caption: str, header: list[str], cells: list[list[str]]) -> str:

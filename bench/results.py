@@ -91,7 +91,7 @@ def load(folder: Path = FOLDER) -> list[Data]:
 
 
 def timed(data: Data) -> list[Row]:
-    return [row for row in data["rows"] if row["op"] not in ("accuracy", "rows", "step", "trainer")]
+    return [row for row in data["rows"] if row["op"] not in ("accuracy", "rows", "step", "trainer", "loop")]
 
 
 def sweep(data: Data) -> list[Row]:
