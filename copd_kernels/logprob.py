@@ -65,12 +65,20 @@ def logprob_op(
             output[chunk] = statistic
         results = [*logprob_from(side, logit)]
         if stats:
-            results += [(token == side.top) & ~side.norm.isnan(), *spread(z, side)]
+            results += [(token == side.top) & ~side.norm.isnan(), *beside(z, side, head.V, Shard.read(shard))]
         for output, result in zip((*outputs, *extra), results, strict=stats):
             output[chunk] = torch.where(keep, result, 0)
     logp, entropy, lse = outputs
     is_top1, mean_logits, log_sum_sq_probs = extra
     return logp, entropy, lse, kept, sides, top, is_top1, mean_logits, log_sum_sq_probs
+
+
+def beside(z: Tensor, side: Side, V: int, shard: Shard) -> tuple[Tensor, Tensor]:
+    """Mean logit and log sum_v p_v^2, (R,) each; V of the tokens are this rank's."""
+    total, square = spread(z, side, shard.first, V)
+    sums = torch.stack([total, square, torch.full_like(total, V)])
+    total, square, count = shard.total(sums) if shard.split else sums
+    return total / count + 0 * side.norm, torch.log1p(square) - 2 * side.norm
 
 
 @torch.library.custom_op(f"{NAMESPACE}::logprob_backward", mutates_args=())
@@ -245,8 +253,6 @@ def logprob(
     check_values("logprob", "tokens", tokens, lambda t: ((t >= 0) & (t < head.V)) | (t == ignore_index), rule)
     check_temperatures("logprob", temperature, tokens != ignore_index)
     check_workspace("logprob", workspace_bytes)
-    whole = not (stats and head.shard.split)
-    check("logprob", "stats", whole, "be False for a vocabulary split over ranks", stats)
     check("logprob", "recompute", recompute in (True, False, "auto"), "be True, False or 'auto'", repr(recompute))
 
     name = resolve("logprob", backend, device, head.shard.split)

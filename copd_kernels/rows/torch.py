@@ -58,14 +58,18 @@ def logprob_grad(
         finish(g, logits[rows], of_rows(cap, rows), (dl == 0) & (dh == 0) & (dn == 0), dlogits[rows])
 
 
-def spread(z: Tensor, side: Side) -> tuple[Tensor, Tensor]:
-    """Mean logit and log sum_v p_v^2 of the first head's rows, which have the statistics `side`."""
-    mean, square = torch.empty_like(side.max), torch.empty_like(side.max)
+def spread(z: Tensor, side: Side, first: int, V: int) -> tuple[Tensor, Tensor]:
+    """Of the first head's rows, whose V tokens have ids from `first` on: the sum of their logits, and that of all but
+    the top one's exp(2 (z - max)); `side` are the statistics of the whole rows."""
+    total, square = torch.empty_like(side.max), torch.empty_like(side.max)
     for rows, (e,) in blocks(z, 1):
-        torch.mean(z[0, rows], 1, out=mean[rows])
-        torch.sub(z[0, rows], column(side.max[rows]), out=e).exp_().scatter_(1, column(side.top[rows].clamp(min=0)), 0)
+        torch.sum(z[0, rows, :V], 1, out=total[rows])
+        torch.sub(z[0, rows], column(side.max[rows]), out=e).exp_()
+        top = side.top[rows] - first
+        here, at = column((top >= 0) & (top < V)), column(top.clamp(0, z.shape[2] - 1))
+        e.scatter_(1, at, torch.where(here, 0, e.gather(1, at)))
         square[rows] = torch.linalg.vecdot(e, e)
-    return mean + 0 * side.norm, torch.log1p(square) - 2 * side.norm
+    return total, square
 
 
 def kl(

@@ -72,16 +72,20 @@ def variety(heads, place):
     none = [replace(head, hidden=place(whole(head.hidden)[:0]).requires_grad_()) for head in heads]
     with torch.autocast("cpu", torch.bfloat16, enabled=student.hidden.dtype == torch.float32):
         told = kl(student, teachers, divergence="symmetric", temperature=temperature, stats=True)
+        beside = logprob(student, tokens, stats=True)
         values = {
             "weighted": kl(student, teachers, teacher_weight=weight),
             "weighted jsd": kl(student, teachers, divergence="jsd", beta=0.05, teacher_weight=weight),
             "routed": kl(student, apart, divergence="forward", teacher_index=index),
+            "mixture": kl(student, teachers, divergence="jsd", combine="mixture", teacher_weight=weight),
+            "product": kl(student, teachers, combine="product", temperature=temperature),
             "told": told.loss,
             "a temperature a token": logprob(student, tokens, temperature=temperature).logp.sum(),
             "logits kept": logprob(student, tokens, recompute=False).entropy.sum(),
             "no token": kl(none[0], none[1]) + logprob(none[0], tokens[:0]).logp.sum() + mutual_kl(none).loss,
         }
     results = {"entropy": told.entropy, "teacher_kl": told.teacher_kl}
+    results |= {name: getattr(beside, name).double() for name in ("is_top1", "mean_logits", "log_sum_sq_probs")}
     for name, value in values.items():
         learner = none[0] if name == "no token" else student
         tensors = list(parts(learner).values())
@@ -182,8 +186,9 @@ def compiled():
         values.append(value.detach())
         gradients.append([whole(g) for g in torch.autograd.grad(value, arguments[:3])])
     flat = flatten([student, teacher.detach()])
-    tensors = (*(x[0] for x in flat[:3]), *(x[1:] for x in flat[:3]), torch.ones(1, 1), None, torch.ones(N))
-    rest = (number(0.5), number(1.0), flat.vocab_size, flat.shard, "jsd", "torch", 0, False, True, [True] * 3)
+    tensors = (*(x[0] for x in flat[:3]), *(x[1:] for x in flat[:3]), [], torch.ones(1, 1), None, torch.ones(N))
+    texts = (flat.shard, "", "", "mean", "jsd", "torch")
+    rest = (number(0.5), number(1.0), flat.vocab_size, *texts, 0, False, True, [True] * 3)
     torch.library.opcheck(kl_op, (*tensors, flat.numbers, *rest))
     rest = (number(1.0), flat.vocab_size[0], flat.shard, -100, "torch", 0, False, False)
     torch.library.opcheck(logprob_op, (*(x[0] for x in flat[:3]), tokens, flat.numbers[0], *rest))
