@@ -324,3 +324,44 @@ def test_rounded_log_probs_of_all_tokens_pass():
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         teacher = listed(make(64, 8, V, spread=1.0), V, dtype=dtype)
         assert kl(make(64, D, V), teacher).isfinite()
+
+
+@pytest.mark.parametrize("support", ["student", "teacher"])
+def test_a_support_goes_with_routing_and_temperatures_a_token(support):
+    index = torch.tensor([1, -1, 0, 1, 1, 0, 0])
+    teachers = [make(int((index == j).sum()), 8, V, softcap=9.0) for j in range(2)]
+    options = {"teacher_index": index, "temperature": torch.rand(N) + 0.5, "support": support, "k": K}
+    compare(make(N, D, V, softcap=4.0), teachers, "torch", "cpu", divergence="symmetric", **options)
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside a head"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", ["torch", "native"])
+def test_sixteen_bit_dlogits_keep_the_gradient(backend, dtype, beside, monkeypatch):
+    """As CUDA hands them to the GEMM, here with the product widened."""
+
+    def widened(out, a, b, *, alpha=1.0, accumulate=False):
+        torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=int(accumulate), alpha=alpha, out=out)
+
+    monkeypatch.setattr("copd_kernels.schedule.addmm", widened)
+    monkeypatch.setattr("copd_kernels.flatten.operand_dtype", lambda hidden, _: hidden.dtype)
+    student = make(32, 32, 300, dtype, softcap=8.0)
+    teachers = [listed(make(32, 32, 300, dtype, like=student, noise=0.1), 16)]
+    teachers += [make(32, 32, 300, dtype, like=student, noise=0.1)] if beside else []
+    exact = cast(student, torch.float64)
+    weight = torch.full((32,), 1e-5)
+    want = kl(exact, [moved(t, torch.float64, "cpu") for t in teachers], token_weight=weight, backend="reference")
+    got = kl(student, teachers, token_weight=weight, backend=backend)
+    wanted = gradients(want, exact)
+    assert max(relative(g, wanted[name]) for name, g in gradients(got, student).items()) < 4e-3
+
+
+def test_lists_made_in_inference_mode_teach_per_token_too():
+    student, teacher = make(N, D, V), make(N, D, V)
+    with torch.inference_mode():
+        apart = listed(teacher)
+    for reduction in ("mean", "none"):
+        value = kl(student, apart, reduction=reduction)
+        want = kl(student, TopK(apart.ids.clone(), apart.logp.clone()), reduction=reduction)
+        pairs = zip(gradients(value.sum(), student).values(), gradients(want.sum(), student).values(), strict=True)
+        assert all(torch.equal(x, y) for x, y in pairs)
