@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from copd_kernels import Head, agreement, kl, logprob, mutual_kl
+from copd_kernels import Head, TopK, agreement, kl, logprob, mutual_kl, topk
+from copd_kernels.top import top_k
 
 h, w = torch.randn(3, 4), torch.randn(20, 4)
 HEAD, TOKENS = Head(h, w), torch.zeros(3, dtype=torch.int64)
@@ -142,3 +143,20 @@ def test_a_backend_that_cannot_pause_for_other_ranks_says_so(mesh, backend, monk
         ):
             call(backend=backend)
         call()
+
+
+def test_what_does_not_know_a_split_vocabulary_says_so(mesh):
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    split = Head(distribute_tensor(h, mesh, [Replicate()]), distribute_tensor(w, mesh, [Shard(0)]))
+    listed = TopK(torch.zeros(3, 1, dtype=torch.int64), torch.zeros(3, 1) - 1)
+    calls = {
+        "student": [lambda: kl(split, listed), lambda: kl(split, split, support="teacher", k=2)],
+        "head": [lambda: topk(split, 2)],
+        "lm_head": [lambda: top_k(split, 2)],
+        "stats": [lambda: logprob(split, TOKENS, stats=True)],
+    }
+    for argument, refused in calls.items():
+        for call in refused:
+            with pytest.raises(ValueError, match=rf"{argument} must be .*split over ranks; got "):
+                call()
