@@ -89,7 +89,8 @@ def kl(
         if divergence == "jsd":
             value[:, rows], g = _jsd(z[student, rows], others, beta, w, scratch)
         else:
-            value[:, rows], g = _kl(z[student, rows], others, divergence, w, scratch)
+            s, t, g = _kl(z[student, rows], others, divergence, w, scratch)
+            value[:, rows] = divergence_from(divergence, s, t)
         if g is not None and dlogits is not None and w is not None:
             finish(g, z[student, rows], of_rows(cap, rows), (w == 0).all(0), dlogits[rows])
     return value
@@ -97,8 +98,8 @@ def kl(
 
 def _kl(
     logits: Tensor, others: list[Tensor], divergence: str, weight: Tensor | None, scratch: list[Tensor]
-) -> tuple[Tensor, Tensor | None]:
-    """Forward, reverse or both: value (T, R) and gradient (R, V), if weighted."""
+) -> tuple[Side, Side, Tensor | None]:
+    """Forward, reverse or both: the sides (T, R) of student and teachers, and gradient (R, V), if weighted."""
     e, other_e, x, g, subtract = scratch
     top, top_max, tail = softmax(logits, e)
     if weight is not None:
@@ -126,15 +127,14 @@ def _kl(
         s = Side(top_max, top, tail, cross, moment)
         pairs.append((s, Side(other_max, other_top, other_tail, other_cross, other_moment)))
     s, t = (Side(*map(torch.stack, zip(*side, strict=True))) for side in zip(*pairs, strict=True))
-    value = divergence_from(divergence, s, t)
     if weight is None:
-        return value, None
-    mean, s = s.mean, s._replace(max=top_max, top=top, tail=s.tail[0])
-    centre, at_top = kl_gradient(divergence, weight, s, t, mean)
-    g.sub_(column(centre)).mul_(e).mul_(column(s.p_top))
+        return s, t, None
+    one = s._replace(max=top_max, top=top, tail=s.tail[0])
+    centre, at_top = kl_gradient(divergence, weight, one, t, s.mean)
+    g.sub_(column(centre)).mul_(e).mul_(column(one.p_top))
     if divergence != "reverse":
         g.sub_(subtract)
-    return value, g.scatter_(1, column(top), column(at_top))
+    return s, t, g.scatter_(1, column(top), column(at_top))
 
 
 def add_weighted(total: Tensor, x: Tensor, weight: Tensor) -> None:
@@ -161,11 +161,8 @@ def _jsd(
         their = Side(other_max, other_top, other_tail, other_max, other_tail)
         sides.append(their)
         q.scatter_(1, column(other_top), 1).mul_(column(their.p_top))
-        # r = log p / q, each side measured from its own top, where it is exact
-        torch.sub(logits, column(top_max), out=r)
-        r.sub_(torch.sub(teacher, column(other_max), out=other))
         gap = norm_gap(side, their)
-        r.sub_(column(gap))
+        ratio(logits, teacher, top_max, other_max, gap, r, other)
         to_student, to_teacher = log_mix(r, beta)  # log p / m, log q / m
         value = beta * to_teacher.mul_(q).sum(1) + (1 - beta) * torch.mul(p, to_student, out=other).sum(1)
         values.append(value + 0 * gap)
@@ -185,37 +182,25 @@ def _jsd(
 def sides(z: Tensor, student: int, teachers: list[int]) -> tuple[Side, Side]:
     """A stage of `split`, as are `jsd_sums` and `kl_grad`: what `kl` does at once where it has whole rows."""
     found = []
-    for rows, (e, other_e, x) in blocks(z, 3):
-        logits, pairs = z[student, rows], []
-        top, top_max, tail = softmax(logits, e)
-        for j in teachers:
-            other = z[j, rows]
-            other_top, other_max, other_tail = softmax(other, other_e)
-            cross, other_cross = gathered(other, top), gathered(logits, other_top)
-            moment = moment_of(logits, other, top_max - cross, e, x)
-            other_moment = moment_of(other, logits, other_max - other_cross, other_e, x)
-            pairs.append((cross, moment, other_max, other_top, other_tail, other_cross, other_moment))
-        found.append((top_max, top, tail, *map(torch.stack, zip(*pairs, strict=True))))
+    for rows, scratch in blocks(z, 5):
+        s, t, _ = _kl(z[student, rows], [z[j, rows] for j in teachers], "symmetric", None, scratch)
+        found.append((s.max[0], s.top[0], s.tail[0], s.cross, s.moment, *t))
     numbers = [torch.cat(pieces, -1) for pieces in zip(*found, strict=True)]
     return Side(*numbers[:5]), Side(*numbers[5:])
 
 
-def moment_of(z: Tensor, other: Tensor, offset: Tensor, e: Tensor, x: Tensor) -> Tensor:
-    torch.sub(z, other, out=x).sub_(column(offset))
-    drop_massless(x, e)
-    return x.mul_(e).sum(1)
-
-
 def jsd_sums(z: Tensor, student: int, teachers: list[int], row: Row) -> Tensor:
+    s, t = row.student, row.teacher
     sums = z.new_empty(3, len(teachers), z.shape[1])
     for rows, (p, q, r, x) in blocks(z, 4):
-        mass(z[student, rows], row.student.max[rows], row.student.p_top[rows], p)
-        for j, teacher in enumerate(teachers):
-            mass(z[teacher, rows], row.teacher.max[j, rows], row.teacher.p_top[j, rows], q)
-            u, w = log_mix(ratio(z, student, teacher, j, rows, row, r, x), row.beta)
-            sums[0, j, rows] = w.mul_(q).sum(1)
-            sums[1, j, rows] = torch.mul(p, u, out=x).sum(1)
-            sums[2, j, rows] = u.sub_(column(row.offset[j, rows])).mul_(p).sum(1)
+        logits = z[student, rows]
+        mass(logits, s.max[rows], s.p_top[rows], p)
+        for j, other in enumerate(z[teacher, rows] for teacher in teachers):
+            mass(other, t.max[j, rows], t.p_top[j, rows], q)
+            u, w = log_mix(ratio(logits, other, s.max[rows], t.max[j, rows], row.gap[j, rows], r, x), row.beta)
+            parts = w.mul_(q), torch.mul(p, u, out=x), u.sub_(column(row.offset[j, rows])).mul_(p)
+            for total, part in zip(sums[:, j, rows], parts, strict=True):
+                torch.sum(part, 1, out=total)
     return sums
 
 
@@ -231,21 +216,22 @@ def kl_grad(
     dlogits: Tensor,
 ) -> None:
     s, t = row.student, row.teacher
-    for rows, (e, x, g, y) in blocks(z, 4):
+    for rows, (p, x, g, y) in blocks(z, 4):
         logits, w = z[student, rows], weight[:, rows]
-        mass(logits, s.max[rows], s.p_top[rows], e)
+        mass(logits, s.max[rows], s.p_top[rows], p)
         g.zero_()
         for j, teacher in enumerate(teachers):
+            other, offset = z[teacher, rows], column(row.offset[j, rows])
             if divergence == "jsd":
-                u, _ = log_mix(ratio(z, student, teacher, j, rows, row, x, y), row.beta)
-                add_weighted(g, u.sub_(column(row.offset[j, rows])), w[j])
+                u, _ = log_mix(ratio(logits, other, s.max[rows], t.max[j, rows], row.gap[j, rows], x, y), row.beta)
+                add_weighted(g, u.sub_(offset), w[j])
             elif divergence != "forward":
-                torch.sub(logits, z[teacher, rows], out=x).sub_(column(row.offset[j, rows]))
-                drop_massless(x, e)
+                torch.sub(logits, other, out=x).sub_(offset)
+                drop_massless(x, p)
                 add_weighted(g, x, w[j])
-        g.sub_(column(gradient.centre[rows])).mul_(e)
-        for j, teacher in enumerate(teachers):
-            if divergence in ("forward", "symmetric"):
+        g.sub_(column(gradient.centre[rows])).mul_(p)
+        if divergence in ("forward", "symmetric"):
+            for j, teacher in enumerate(teachers):
                 mass(z[teacher, rows], t.max[j, rows], t.p_top[j, rows], x)
                 add_weighted(g, x, -w[j])
         put(g, s.top[rows], gradient.at_top[rows])
@@ -256,11 +242,10 @@ def mass(z: Tensor, largest: Tensor, p_top: Tensor, out: Tensor) -> None:
     torch.sub(z, column(largest), out=out).exp_().mul_(column(p_top))
 
 
-def ratio(z: Tensor, student: int, teacher: int, j: int, rows: slice, row: Row, out: Tensor, scratch: Tensor) -> Tensor:
-    """log p / q, each side measured from its own top, where it is exact."""
-    torch.sub(z[student, rows], column(row.student.max[rows]), out=out)
-    out.sub_(torch.sub(z[teacher, rows], column(row.teacher.max[j, rows]), out=scratch))
-    return out.sub_(column(row.gap[j, rows]))
+def ratio(z: Tensor, other: Tensor, z_max: Tensor, other_max: Tensor, gap: Tensor, out: Tensor, x: Tensor) -> Tensor:
+    """log p / q, each side measured from its own top, where it is exact; x is scratch."""
+    torch.sub(z, column(z_max), out=out).sub_(torch.sub(other, column(other_max), out=x))
+    return out.sub_(column(gap))
 
 
 def agreement(z: Tensor, student: int, teachers: list[int], k: int) -> tuple[Tensor, Tensor, Tensor]:

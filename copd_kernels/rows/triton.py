@@ -138,25 +138,9 @@ def jsd_sums(z: Tensor, student: int, teachers: list[int], row: Row) -> Tensor:
     S, *tiles = pieces(R, z.shape[2], BLOCK)
     sums = z.new_empty(3, T, R, S)
     _jsd_sums_kernel[(R, S)](
-        z,
-        s.max,
-        s.top,
-        s.p_top,
-        t.max,
-        t.p_top,
-        row.gap.contiguous(),
-        row.offset,
-        *shares(z, row.beta),
-        *sums,
-        *placed(z, student, teachers),
-        *tiles,
-        ONE_SIDED=one_sided(row.beta),
-        T=T,
-        BITS=HEAD_BITS,
-        BLOCK=BLOCK,
-        num_warps=NUM_WARPS,
-        maxnreg=registers(T),
-    )
+        z, s.max, s.top, s.p_top, t.max, t.p_top, row.gap.contiguous(), row.offset, *shares(z, row.beta), *sums,
+        *placed(z, student, teachers), *tiles, ONE_SIDED=one_sided(row.beta), BLOCK=BLOCK, **shape(T),
+    )  # fmt: skip
     return sums.sum(-1)
 
 
@@ -198,11 +182,8 @@ def kl_grad(
         FORWARD=divergence in ("forward", "symmetric"),
         ONE_SIDED=one_sided(row.beta),
         HAS_CAP=cap is not None,
-        T=T,
-        BITS=HEAD_BITS,
         BLOCK=BLOCK,
-        num_warps=NUM_WARPS,
-        maxnreg=registers(T),
+        **shape(T),
     )
 
 
@@ -275,6 +256,10 @@ def block(z: Tensor, T: int) -> int:
     if z.dtype == torch.float64:
         return TILE // 4
     return TILE // (2 if T > 2 else 1)
+
+
+def shape(T: int) -> dict[str, int | None]:
+    return {"T": T, "BITS": HEAD_BITS, "num_warps": NUM_WARPS, "maxnreg": registers(T)}
 
 
 def registers(T: int) -> int | None:
