@@ -27,7 +27,7 @@ from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any
 
-SECONDS = 120  # far beyond what any call takes on a busy machine, far below a session's patience
+SECONDS = 400  # far beyond what any call takes on a busy machine
 
 
 class Rank:
