@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from copd_kernels import Head, TopK, agreement, kl, logprob, mutual_kl, topk
-from copd_kernels.top import top_k
 
 h, w = torch.randn(3, 4), torch.randn(20, 4)
 HEAD, TOKENS = Head(h, w), torch.zeros(3, dtype=torch.int64)
@@ -153,7 +152,6 @@ def test_what_does_not_know_a_split_vocabulary_says_so(mesh):
     calls = {
         "student": [lambda: kl(split, listed), lambda: kl(split, split, support="teacher", k=2)],
         "head": [lambda: topk(split, 2)],
-        "lm_head": [lambda: top_k(split, 2)],
         "stats": [lambda: logprob(split, TOKENS, stats=True)],
     }
     for argument, refused in calls.items():
