@@ -65,9 +65,7 @@ def spread(z: Tensor, side: Side, first: int, V: int) -> tuple[Tensor, Tensor]:
     for rows, (e,) in blocks(z, 1):
         torch.sum(z[0, rows, :V], 1, out=total[rows])
         torch.sub(z[0, rows], column(side.max[rows]), out=e).exp_()
-        top = side.top[rows] - first
-        here, at = column((top >= 0) & (top < V)), column(top.clamp(0, z.shape[2] - 1))
-        e.scatter_(1, at, torch.where(here, 0, e.gather(1, at)))
+        put(e, side.top[rows] - first, torch.zeros_like(side.max[rows]))
         square[rows] = torch.linalg.vecdot(e, e)
     return total, square
 

@@ -152,7 +152,6 @@ def test_what_does_not_know_a_split_vocabulary_says_so(mesh):
     calls = {
         "student": [lambda: kl(split, listed), lambda: kl(split, split, support="teacher", k=2)],
         "head": [lambda: topk(split, 2)],
-        "stats": [lambda: logprob(split, TOKENS, stats=True)],
     }
     for argument, refused in calls.items():
         for call in refused:

@@ -76,8 +76,6 @@ def variety(heads, place):
         values = {
             "weighted": kl(student, teachers, teacher_weight=weight),
             "weighted jsd": kl(student, teachers, divergence="jsd", beta=0.05, teacher_weight=weight),
-            "mixture": kl(student, teachers, teacher_weight=weight, combine="mixture"),
-            "product": kl(student, teachers, combine="product", divergence="forward"),
             "routed": kl(student, apart, divergence="forward", teacher_index=index),
             "mixture": kl(student, teachers, divergence="jsd", combine="mixture", teacher_weight=weight),
             "product": kl(student, teachers, combine="product", temperature=temperature),
