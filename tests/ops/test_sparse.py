@@ -365,3 +365,33 @@ def test_lists_made_in_inference_mode_teach_per_token_too():
         want = kl(student, TopK(apart.ids.clone(), apart.logp.clone()), reduction=reduction)
         pairs = zip(gradients(value.sum(), student).values(), gradients(want.sum(), student).values(), strict=True)
         assert all(torch.equal(x, y) for x, y in pairs)
+
+
+@pytest.mark.parametrize("backend", ["torch", "native"])
+@pytest.mark.parametrize(
+    ("lists", "options"),
+    [
+        ([0], {}),
+        ([0, 2], {"temperature": 1.3}),
+        ([], {"support": "student", "k": K}),
+        ([], {"combine": "mixture"}),
+        ([], {"combine": "product", "stats": True}),
+    ],
+)
+def test_rows_with_a_gap_between_them_give_the_same(lists, options, backend, monkeypatch):
+    """As a GPU has them, where V is ragged."""
+    student, teachers = make(N, D, V, softcap=4.0), [make(N, 8, V) for _ in range(3)]
+    T = options.get("temperature", 1.0)
+    teachers = [listed(t, temperature=T) if j in lists else t for j, t in enumerate(teachers)]
+
+    def run():
+        result = kl(student, teachers, backend=backend, workspace_bytes=WORKSPACE, **options)
+        loss = result.loss if isinstance(result, tuple) else result
+        told = logprob(student, torch.arange(N), backend=backend, stats=True)
+        beside = topk(student, K, backend=backend)[1], told.mean_logits, told.log_sum_sq_probs
+        return [loss.detach(), *gradients(loss, student).values(), *beside]
+
+    want = run()
+    monkeypatch.setattr("copd_kernels.schedule.ALIGNED", {"cpu": 16})
+    for x, y in zip(run(), want, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
