@@ -215,15 +215,17 @@ def step(row: Row) -> str:
 
 
 def trainer(row: Row) -> str:
-    header = ["", "ms", "min–max", "MiB", "loss error", "gradient error", "/ ours"]
-    cells = []
+    header = ["", "ms", "min–max", "MiB", "loss error", "gradient error", "/ ours", "CPU ms", "/ ours"]
+    cells, least = [], min(entry(row, OURS)["cpu_ms"])
     for e in row["entries"]:
         if e["why"]:
             cells.append([e["name"], e["why"], *[""] * (len(header) - 2)])
             continue
         patterns = (("{:,.0f}", "peak_mib"), ("{:.0e}", "loss_error"), ("{:.0e}", "gradient_error"))
         errors = [form(pattern, e[key]) for pattern, key in patterns]
-        cells.append([e["name"], f"{ms(e):,.1f}", spread(e), *errors, f"{ratio(e, entry(row, OURS)):.2f}"])
+        cpu = min(e["cpu_ms"])
+        times = f"{ratio(e, entry(row, OURS)):.2f}", f"{cpu:,.0f}", f"{cpu / least:.2f}"
+        cells.append([e["name"], f"{ms(e):,.1f}", spread(e), *errors, *times])
     words = [f"a step of {row['trainer']}, {title(row).removeprefix('trainer, ')}"]
     words += [f"T={row['T']}, {row['divergence']}"] if "T" in row else ["log-probs and entropies"]
     return markdown(", ".join(words), header, cells)
