@@ -2,6 +2,7 @@
 
 import json
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -391,3 +392,13 @@ def test_a_file_that_is_no_result_is_named(tmp_path, text, message):
     (tmp_path / "results.json").write_text(text)
     with pytest.raises(ValueError, match=message):
         report.write(tmp_path)
+
+
+def test_readme_and_results_are_what_the_committed_runs_say(tmp_path):
+    root = Path(__file__).parents[2]
+    (tmp_path / "README.md").write_text((root / "README.md").read_text())
+    committed = root / "results" / "conflict-k3"
+    report.write(committed, tmp_path / "out", tmp_path / "README.md")
+    assert (tmp_path / "README.md").read_text() == (root / "README.md").read_text()
+    for name in ("results.json", "results.md"):
+        assert (tmp_path / "out" / name).read_text() == (committed / name).read_text()
