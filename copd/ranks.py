@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from copd import files
 from copd.config import Config
@@ -93,12 +93,13 @@ class Place:
 
     Args:
         names: of the branches that learn, in order, the same on all ranks.
+        timeout: seconds that the ranks of a branch wait for each other.
 
     Raises `ValueError` where there are more ranks than branches, and no multiple of them.
     """
 
-    def __init__(self, names: Sequence[str]) -> None:
-        several = dist.is_initialized()
+    def __init__(self, names: Sequence[str], timeout: float = 7200.0) -> None:
+        self.timeout, several = timeout, dist.is_initialized()
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
         self.rows = min(self.world, len(names))
         if self.world % self.rows:
@@ -113,13 +114,15 @@ class Place:
         size = self.world // self.rows
         if size == 1:
             return Peers()
+        rows = [list(range(row * size, (row + 1) * size)) for row in range(self.rows)]
+        group, _ = dist.new_subgroups_by_enumeration(rows, timeout=timedelta(seconds=self.timeout))
         kind = "cuda" if "nccl" in dist.get_backend_config() else "cpu"
-        mesh = init_device_mesh(kind, (self.rows, size), mesh_dim_names=("branch", "dp"))
-        return Peers(size, self.column, mesh["dp"])
+        return Peers(size, self.column, DeviceMesh.from_group(group, kind, mesh_dim_names=("dp",)))
 
     @classmethod
     def of(cls, cfg: Config) -> Place:
-        place = cls({"mixed": ["mixed"], "mopd": ["student"]}.get(cfg.method, list(cfg.branches)))
+        names = {"mixed": ["mixed"], "mopd": ["student"]}.get(cfg.method, list(cfg.branches))
+        place = cls(names, cfg.timeout)
         if place.world > 1 and cfg.rollout.engine != "transformers":
             rule = "ranks: rollout.engine must be transformers with several processes"
             raise ValueError(f"{rule}; got {cfg.rollout.engine}")

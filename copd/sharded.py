@@ -31,6 +31,7 @@ class Sharded(Whole):
         blocks = [module for module in model.get_decoder().modules() if type(module).__name__ in names]
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
         self.units: list[FSDPModule] = []
+        self.writes = mesh.get_local_rank() == 0
         for module in (*blocks, model):
             unit = fully_shard(module, mesh=mesh, mp_policy=policy)
             unit.set_gradient_divide_factor(1.0)  # a loss is a sum over the batch of all ranks
@@ -88,7 +89,10 @@ class Sharded(Whole):
             value.copy_(like(state[name], value))
 
     def gathered(self, moments: dict[str, Any]) -> dict[str, Any]:
-        state = {place: {name: whole(x) for name, x in kept.items()} for place, kept in moments["state"].items()}
+        # two thirds of a checkpoint: in host memory of the rank that writes it alone
+        state = {
+            place: {name: whole(x, self.writes) for name, x in kept.items()} for place, kept in moments["state"].items()
+        }
         return moments | {"state": state}
 
     def split(self, moments: dict[str, Any]) -> dict[str, Any]:
@@ -147,9 +151,10 @@ def shard(value: Tensor) -> Tensor:
     return value.to_local().detach() if isinstance(value, DTensor) else value.detach()
 
 
-def whole(value: Tensor) -> Tensor:
-    """All of it, in host memory."""
-    return (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu()
+def whole(value: Tensor, keep: bool = True) -> Tensor:
+    """All of it, in host memory; of what is not kept nothing, where it only helps others to theirs."""
+    value = value.full_tensor() if isinstance(value, DTensor) else value
+    return value.detach().cpu() if keep else value.new_empty(0)
 
 
 def like(value: Tensor, other: Tensor) -> Tensor:

@@ -43,6 +43,8 @@ class Study:
     """seeds of each method"""
     jobs: int = 2
     """runs at a time"""
+    ranks: int = 1
+    """processes of each run, as of `torchrun --nproc-per-node`"""
     common: dict[str, Any] = field(default_factory=dict)
     """settings of every run, as in a run's own file"""
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -79,10 +81,11 @@ def write_config(study: Study, variant: str, seed: int, arm: str) -> Path:
     return path
 
 
-def launch(path: Path, children: set[subprocess.Popen[bytes]]) -> int:
-    """Runs one config in a fresh process; its output goes to a .log beside the file."""
+def launch(path: Path, children: set[subprocess.Popen[bytes]], ranks: int = 1) -> int:
+    """Runs one config in a fresh process, or in several; its output goes to a .log beside the file."""
     with path.with_suffix(".log").open("a") as log:
-        command = [sys.executable, "-m", "copd", "train", "--config", str(path)]
+        several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+        command = [sys.executable, *several, "-m", "copd", "train", "--config", str(path)]
         environment = {"OMP_NUM_THREADS": "1"} | os.environ
         # a session of its own: a terminal's Ctrl-C reaches it once, from here
         child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
@@ -124,7 +127,7 @@ def run(study: Study) -> list[Path]:
             while True:
                 # the next suite and seed begins where the last one leaves a job idle
                 while len(running) < study.jobs and (group := next(groups, None)):
-                    running[pool.submit(launch, group[0], children)] = group[0], group[1:]
+                    running[pool.submit(launch, group[0], children, study.ranks)] = group[0], group[1:]
                 if not running:
                     return failed
                 for done in wait(running, timeout=20, return_when=FIRST_COMPLETED).done:
@@ -132,7 +135,9 @@ def run(study: Study) -> list[Path]:
                     ok = done.result() == 0
                     print(f"{'done  ' if ok else 'FAILED'} {path.with_suffix('')}", flush=True)
                     if ok:
-                        running |= {pool.submit(launch, follower, children): (follower, []) for follower in waiting}
+                        running |= {
+                            pool.submit(launch, follower, children, study.ranks): (follower, []) for follower in waiting
+                        }
                     else:
                         failed += [path, *waiting]
                 for future, (path, _) in running.items():

@@ -218,12 +218,14 @@ class Run:
 
     def _failed(self, error: NonFiniteLoss, step: int) -> NonFiniteLoss:
         """Branches that had already moved in this step make its state one to look at, not one to resume."""
-        alone = self.place.world == 1
-        path = self.directory / f"failed-{step}" / ("state.pt" if alone else f"rank-{self.place.rank}.pt")
+        place = self.place
+        path = self.directory / f"failed-{step}" / ("state.pt" if place.world == 1 else f"rank-{place.rank}.pt")
+        # ranks that split a model would have to gather it together, and this one may be alone
+        branches = self.plan.models(step - 1) if place.peers.size == 1 else []
         with files.whole(path) as scratch:
-            states = {branch.name: branch.state() for branch in self.plan.models(step - 1)}
-            torch.save({"batch": error.batch, "branches": states}, scratch)
-        return NonFiniteLoss(f"{error}; step {step}, batch and weights saved in {path.parent}", error.batch)
+            torch.save({"batch": error.batch, "branches": {b.name: b.state() for b in branches}}, scratch)
+        what = "batch and weights" if branches else "batch"
+        return NonFiniteLoss(f"{error}; step {step}, {what} saved in {path.parent}", error.batch)
 
     def merged(self) -> PreTrainedModel | Weights | None:
         """The base with the branches' weights merged into it; or, where the config says so, into one adapter.

@@ -53,7 +53,7 @@ def test_an_arm_is_a_method_with_settings_of_its_own(tmp_path):
 def test_a_study_runs_each_method_in_its_process_and_continues(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(
-        study, "launch", lambda path, children: calls.append(path.stem) or int(path.stem == "mixed-seed1")
+        study, "launch", lambda path, children, ranks: calls.append(path.stem) or int(path.stem == "mixed-seed1")
     )
     plan = study.Study(
         output_dir=str(tmp_path),
@@ -69,7 +69,7 @@ def test_a_study_runs_each_method_in_its_process_and_continues(tmp_path, monkeyp
 
 
 def test_a_failed_first_run_takes_those_that_need_it_along(tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "launch", lambda path, children: 1)
+    monkeypatch.setattr(study, "launch", lambda path, children, ranks: 1)
     plan = study.Study(output_dir=str(tmp_path), variants={"tiny": {"branches": {"text": {"task": "arithmetic"}}}})
     assert len(study.run(plan)) == 4
 
@@ -84,7 +84,7 @@ def test_ctrl_c_starts_no_further_run(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Interrupts, "_heed", interrupt)
 
-    def launch(path, children):
+    def launch(path, children, ranks):
         calls.append(path.stem)
         if path.stem == "copd-seed0":
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)

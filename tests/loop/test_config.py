@@ -77,7 +77,7 @@ def test_the_lab_sets_more_than_the_loop_and_the_loop_refuses_it():
         schema.load(config.Config, None, lines)
 
 
-@pytest.mark.parametrize("name", ["smoke", "smoke_lora", "qwen3_vl_4b", "qwen3_vl_4b_lora"])
+@pytest.mark.parametrize("name", ["smoke", "smoke_lora", "qwen3_vl_4b", "qwen3_vl_4b_lora", "qwen3_vl_4b_8gpu"])
 def test_the_bundled_runs_load(name):
     assert list(schema.load(LabConfig, CONFIGS / f"{name}.yaml").branches) == ["text", "image", "video"]
 

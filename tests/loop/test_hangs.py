@@ -64,6 +64,25 @@ def test_a_file_that_one_rank_cannot_read_is_read_by_none(tmp_path, ranks):
     assert ranks(2, gone_on, tmp_path) == [3, 3]
 
 
+def not_a_number(folder):
+    trainer = train.Run(cfg := make_config(folder, "method=mixed"), *begin(cfg, CPU))
+    if dist.get_rank() == 1:
+        learn = trainer.plan.branches[0].learn
+        trainer.plan.branches[0].learn = lambda batches: learn([spoilt(batch) for batch in batches])
+    trainer.train()
+
+
+def spoilt(batch):
+    batch.weight[:] = torch.nan
+    return batch
+
+
+def test_a_rank_whose_loss_is_no_number_does_not_wait_for_those_that_share_its_model(tmp_path, ranks):
+    with pytest.raises(AssertionError, match=r"loss of branch 'mixed' must be finite.*step 1, batch saved in"):
+        ranks(2, not_a_number, tmp_path, seconds=90)
+    assert [path.name for path in (tmp_path / "run" / "failed-1").iterdir()] == ["rank-1.pt"]
+
+
 ONE_RANK_ENDS = """
 import sys, time
 from pathlib import Path
