@@ -77,9 +77,13 @@ def test_the_lab_sets_more_than_the_loop_and_the_loop_refuses_it():
         schema.load(config.Config, None, lines)
 
 
-@pytest.mark.parametrize("name", ["smoke", "smoke_lora", "qwen3_vl_4b", "qwen3_vl_4b_lora", "qwen3_vl_4b_8gpu"])
+@pytest.mark.parametrize("name", ["smoke", "smoke_lora", "qwen3_vl_4b", "qwen3_vl_4b_lora"])
 def test_the_bundled_runs_load(name):
     assert list(schema.load(LabConfig, CONFIGS / f"{name}.yaml").branches) == ["text", "image", "video"]
+
+
+def test_the_run_for_eight_gpus_gives_each_branch_as_many():
+    assert 8 % len(schema.load(LabConfig, CONFIGS / "qwen3_vl_4b_8gpu.yaml").branches) == 0
 
 
 def test_the_paper_is_the_default():
