@@ -8,7 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from split_cases import whole
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from copd_kernels import Head, kl
 
@@ -115,3 +117,39 @@ def test_after_reshard_a_window_reads_the_weights_of_the_next_step(ranks):
     for ours, alone in ranks(2, after_a_step):
         assert ours == pytest.approx(alone, rel=1e-6)
         assert ours[0] != pytest.approx(ours[1], rel=1e-4)
+
+
+class Body(torch.nn.Module):
+    def __init__(self, lm_head):
+        super().__init__()
+        self.linear, self.lm_head = torch.nn.Linear(8, 8), torch.nn.Parameter(lm_head)
+
+
+def on_two_dimensions():
+    """The largest relative error of a gradient where tokens are split over one dimension and words over the other."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    tp = mesh["tp"]
+    x, states, weight, other = (torch.randn(*shape) for shape in ((2, 5, 8), (2, 5, 8), (53, 8), (53, 8)))
+    alone = Body(weight)
+    kl(Head(alone.linear(x), alone.lm_head), Head(states, other)).backward()
+    model = Body(distribute_tensor(weight, tp, [Shard(0)]))
+    model.linear.load_state_dict(alone.linear.state_dict())
+    fully_shard(model, mesh=mesh["dp"])
+    model.window = lambda run: run()
+    register_fsdp_forward_method(model, "window")
+    mine = mesh.get_local_rank("dp")
+
+    def everywhere(hidden):
+        return DTensor.from_local(hidden, tp, [Replicate()], run_check=False)
+
+    def loss():
+        student = Head(everywhere(model.linear(x[mine])), model.lm_head)
+        return kl(student, Head(everywhere(states[mine]), distribute_tensor(other, tp, [Shard(0)])))
+
+    model.window(loss).backward()
+    pairs = zip(model.parameters(), alone.parameters(), strict=True)
+    return max(float((whole(p.grad) - q.grad).norm() / q.grad.norm()) for p, q in pairs)
+
+
+def test_a_window_gives_the_gradients_of_one_process_over_a_split_vocabulary_too(ranks):
+    assert max(ranks(4, on_two_dimensions)) < 1e-6
