@@ -85,6 +85,7 @@ def compile_one(
     unit: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """The code of one variant; `unit` names the sizes that are 1."""
+    import torch
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -108,8 +109,9 @@ def compile_one(
         if a.endswith("_ptr") or (a in STRIDES and a not in unit)
     }
     options = {"num_warps": rows.NUM_WARPS}
-    if kernel.__name__ in ("_kl_grad_kernel", "_jsd_sums_kernel"):
-        options["maxnreg"] = rows.registers(constants["T"])
+    if kernel.__name__ in ("_kl_grad_kernel", "_jsd_sums_kernel", "_logprob_stats_kernel"):
+        like = torch.empty(0, dtype=torch.float64 if logits == "fp64" else torch.float32)
+        options["maxnreg"] = rows.registers(like, constants.get("T", 1))
     source = ASTSource(kernel, signature, constants, aligned)
     code: dict[str, Any] = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options).asm
     return code

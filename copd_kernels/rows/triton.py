@@ -61,7 +61,7 @@ def logprob(z: Tensor) -> Side:
     m, tail, moment = (z.new_empty(R, S) for _ in range(3))
     top = torch.empty(R, S, dtype=torch.int32, device=z.device)
     _logprob_stats_kernel[(R, S)](
-        z, m, top, tail, moment, V, z.stride(1), *tiles, LANES=LANES, U=U, num_warps=NUM_WARPS
+        z, m, top, tail, moment, V, z.stride(1), *tiles, LANES=LANES, U=U, num_warps=NUM_WARPS, maxnreg=registers(z, 1)
     )
     return merge(Side(m, ids(top, V), tail, torch.zeros_like(m), moment)).distribution()
 
@@ -139,7 +139,7 @@ def jsd_sums(z: Tensor, student: int, teachers: list[int], row: Row) -> Tensor:
     sums = z.new_empty(3, T, R, S)
     _jsd_sums_kernel[(R, S)](
         z, s.max, s.top, s.p_top, t.max, t.p_top, row.gap.contiguous(), row.offset, *shares(z, row.beta), *sums,
-        *placed(z, student, teachers), *tiles, ONE_SIDED=one_sided(row.beta), BLOCK=BLOCK, **shape(T),
+        *placed(z, student, teachers), *tiles, ONE_SIDED=one_sided(row.beta), BLOCK=BLOCK, **shape(z, T),
     )  # fmt: skip
     return sums.sum(-1)
 
@@ -183,7 +183,7 @@ def kl_grad(
         ONE_SIDED=one_sided(row.beta),
         HAS_CAP=cap is not None,
         BLOCK=BLOCK,
-        **shape(T),
+        **shape(z, T),
     )
 
 
@@ -251,27 +251,30 @@ def sums_block(z: Tensor, T: int) -> int:
 
 def block(z: Tensor, T: int) -> int:
     """Columns a tile of a sweep that knows its row's statistics; fewer where teachers or doubles fill registers."""
-    if T > 4:
+    doubles = z.dtype == torch.float64
+    if T > 4 or (doubles and T > 2):
         return TILE // 8
-    if z.dtype == torch.float64:
+    if doubles:
         return TILE // 4
     return TILE // (2 if T > 2 else 1)
 
 
-def shape(T: int) -> dict[str, int | None]:
-    return {"T": T, "BITS": HEAD_BITS, "num_warps": NUM_WARPS, "maxnreg": registers(T)}
+def shape(z: Tensor, T: int) -> dict[str, int | None]:
+    return {"T": T, "BITS": HEAD_BITS, "num_warps": NUM_WARPS, "maxnreg": registers(z, T)}
 
 
-def registers(T: int) -> int | None:
-    """Of a thread: many teachers' numbers need more than the compiler takes by itself."""
-    return 168 if T > 4 else None
+def registers(z: Tensor, T: int) -> int | None:
+    """Of a thread: several teachers' numbers and doubles need more than the compiler takes by itself."""
+    if T > 4 or z.dtype == torch.float64:
+        return 168
+    return 128 if T > 2 else None
 
 
 def spans(z: Tensor, T: int = 1) -> int:
     """Groups of four columns that a lane reads a tile; one in the interpreter, where it is operations that cost."""
     if triton.knobs.runtime.interpret:
         return 1
-    return 1 if T > 4 or z.dtype == torch.float64 else SPANS
+    return 1 if T > 2 or z.dtype == torch.float64 else SPANS
 
 
 def shares(z: Tensor, beta: float) -> tuple[Tensor, Tensor]:
