@@ -5,6 +5,7 @@ Without a GPU the Triton kernels run in Triton's interpreter, which must be chos
 """
 
 import os
+import signal
 
 import torch
 
@@ -15,6 +16,13 @@ import pytest
 from ranks import Ranks
 
 from copd_kernels.rows import BACKENDS, missing
+
+
+def pytest_configure():
+    # in the background or under nohup these are ignored, by the processes that tests start as well
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)

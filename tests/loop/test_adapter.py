@@ -311,7 +311,8 @@ def test_every_method_runs_with_adapters(tmp_path, settings, models):
 def test_mopd_puts_the_experts_of_a_finished_run_on_its_own_base(tmp_path):
     run(make_config(tmp_path, *LORA, "method=independent", "name=first"))
     trainer = make_run(make_config(tmp_path, *LORA, "method=mopd", f"experts={tmp_path / 'first'}", "name=second"))
-    experts = trainer.plan.teachers["student"]
+    experts = trainer.plan.experts
+    assert [expert.name for expert in experts] == trainer.plan.teachers["student"]
     assert all(expert.model is trainer.base for expert in experts)
     assert all(not expert.parameters for expert in experts)
 
