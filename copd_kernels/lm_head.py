@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .checks import check
+from .checks import check, is_dtensor
 
 # LoRA variants whose product with a token depends on that token alone, and not on chance
 LINEAR_VARIANTS = ("DoraLinearVariant", "BdLoraLinearVariant", "MiCALinearVariant", "KasaLinearVariant")
@@ -109,7 +109,7 @@ def linear(op: str, module: Any, hidden: Tensor) -> Projection:
 
 def check_whole(op: str, weight: Tensor) -> None:
     if is_traceable_wrapper_subclass(weight):
-        sharded = type(weight).__name__ == "DTensor"
+        sharded = is_dtensor(weight)
         rule, fix = ("be whole", "use through_head") if sharded else ("not be quantised", "keep it out of quantisation")
         check(op, "lm_head", False, rule, type(weight).__name__, fix)
     check(op, "lm_head", weight.is_floating_point(), "not be quantised", weight.dtype, "keep it out of quantisation")

@@ -19,14 +19,14 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import trl
 from torch import Tensor, nn
 from trl.trainer.utils import FusedCausalLMOutput
 
-from .checks import check
+from .checks import check, is_dtensor
 from .head import Head
 from .kl import kl
 from .liger import divergence_of
@@ -125,7 +125,7 @@ def head_of(teacher: nn.Module, mask: Tensor, positions: slice, batch: dict[str,
     """A teacher's head at the tokens that count, in evaluation mode."""
     weight = lm_head_of("teachers", unwrap(teacher)).weight
     # gathered by FSDP2 or ZeRO-3 for as long as the forward runs
-    sharded = type(weight).__name__ == "DTensor" or weight.numel() == 0  # type: ignore[operator]
+    sharded = is_dtensor(weight) or cast(Tensor, weight).numel() == 0
 
     def read(head: Head) -> Head:
         head = at(head, mask, positions).detach()
