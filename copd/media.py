@@ -117,12 +117,25 @@ def _decode(file: Any, fps: float, most: int | None) -> tuple[np.ndarray, VideoM
         with av.open(file) as opened:
             taken = set(chosen)
             decoded = enumerate(opened.decode(video=0))
-            frames = [frame.to_ndarray(format="rgb24") for i, frame in decoded if i in taken]
+            frames = [_upright(frame) for i, frame in decoded if i in taken]
     except (av.FFmpegError, IndexError, ValueError) as error:
         raise ValueError(f"no video that can be decoded ({error})") from error
     if len(frames) != len(chosen):
         raise ValueError(f"a video that breaks off after {len(frames)} of {len(chosen)} frames")
     return np.stack(frames), VideoMetadata(total_num_frames=len(times), fps=rate, frames_indices=chosen)
+
+
+def _upright(frame: Any) -> np.ndarray:
+    """Pixels (H, W, 3) uint8 as a player shows them: a phone turns and mirrors by a matrix beside them."""
+    pixels: np.ndarray = frame.to_ndarray(format="rgb24")
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return pixels
+    # where a step to the right and a step down lead: (x, y) each
+    right, down = np.frombuffer(bytes(matrix), np.int32).reshape(3, 3)[:2, :2]
+    if abs(right[1]) > abs(right[0]):
+        pixels, right, down = pixels.swapaxes(0, 1), down, right
+    return np.ascontiguousarray(pixels[:: -1 if down[1] < 0 else 1, :: -1 if right[0] < 0 else 1])
 
 
 def _natural(path: Path) -> list[Any]:

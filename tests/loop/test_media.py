@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import struct
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
@@ -192,6 +193,43 @@ def test_a_film_gives_its_frames_at_the_rate_asked_for(tmp_path, name):
         assert np.abs(frames.mean((1, 2, 3)) - [0, 50, 100, 150]).max() < 8
     assert read_video(name, tmp_path, 2.0, 2)[1].frames_indices == [0, 15]
     assert len(read_video(name, tmp_path, 100.0, None)[0]) == 20
+
+
+# where a step right and a step down lead, (x, y) each; where a bright upper left corner is seen, (row, column)
+ORIENTATIONS = {
+    "as it is": ((1, 0, 0, 1), (0, 0)),
+    "turned right": ((0, 1, -1, 0), (0, 1)),
+    "upside down": ((-1, 0, 0, -1), (1, 1)),
+    "turned left": ((0, -1, 1, 0), (1, 0)),
+    "mirrored": ((-1, 0, 0, 1), (0, 1)),
+    "mirrored upside down": ((1, 0, 0, -1), (1, 0)),
+    "transposed": ((0, 1, 1, 0), (0, 0)),
+    "mirrored and turned": ((0, -1, -1, 0), (1, 1)),
+}
+
+
+@pytest.mark.parametrize("how", ORIENTATIONS)
+def test_a_phones_video_is_shown_as_people_see_it(tmp_path, how):
+    (a, b, c, d), (row, column) = ORIENTATIONS[how]
+    path = tmp_path / "phone.mp4"
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 32, 16, "yuv420p"
+        still = np.zeros((16, 32, 3), np.uint8)
+        still[:8, :16] = 255
+        out.mux([*stream.encode(av.VideoFrame.from_ndarray(still, format="rgb24")), *stream.encode()])
+    # as a phone does, write the frames as the sensor gives them, and how to turn them into the track's header
+    film, plain, own = path.read_bytes(), (1, 0, 0, 0, 1, 0), (a, b, 0, c, d, 0)
+    before, after = (struct.pack(">9i", *(value << 16 for value in m), 0, 0, 1 << 30) for m in (plain, own))
+    header = film.index(b"tkhd")
+    path.write_bytes(film[:header] + film[header:].replace(before, after, 1))
+    frames, _ = read_video("phone.mp4", tmp_path, 10.0, None)
+    turned = b != 0
+    assert frames.shape == ((1, 32, 16, 3) if turned else (1, 16, 32, 3))
+    height, width = frames.shape[1] // 2, frames.shape[2] // 2
+    corners = frames[0].reshape(2, height, 2, width, 3).mean((1, 3, 4))
+    assert corners[row, column] > 240
+    assert corners.sum() - corners[row, column] < 20
 
 
 @pytest.mark.parametrize("kind", ["text", "empty", "cut", "unequal", "none"])
