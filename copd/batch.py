@@ -66,18 +66,27 @@ def _order(seed: int, rows: int) -> Tensor:
     return torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
 
 
-def draw(task: Task, count: int, step: int, *key: object) -> list[Prompt]:
-    """The prompts of `step`: `count` rows a step through a fresh permutation of the task each epoch."""
+def _rows(task: Task, count: int, step: int, *key: object) -> list[int]:
     rows = task.size("train")
+    places = (divmod(place, rows) for place in range(step * count, (step + 1) * count))
+    return [int(_order(seed_of("order", *key, epoch), rows)[position]) for epoch, position in places]
+
+
+def draw(task: Task, count: int, step: int, *key: object, every: int = 1) -> list[Prompt]:
+    """The prompts of `step`: `count` rows a step through a fresh permutation of the task each epoch.
+
+    A task that decodes files is told what to expect `every` steps later.
+    """
     prompts = []
-    for place in range(step * count, (step + 1) * count):
-        epoch, position = divmod(place, rows)
-        prompt = task.prompt(int(_order(seed_of("order", *key, epoch), rows)[position]))
+    for row in _rows(task, count, step, *key):
+        prompt = task.prompt(row)
         if prompt.task != task.name:
             raise ValueError(
                 f"prompt: row {prompt.index} of {prompt.task!r} must belong to a task of its branch; got {task.name!r}"
             )
         prompts.append(prompt)
+    if (expect := getattr(task, "expect", None)) is not None:
+        expect(_rows(task, count, step + every, *key))
     return prompts
 
 

@@ -117,7 +117,8 @@ class Branch:
         if cfg.opd.batch == "split":
             count = max(1, count // shared_by)
         key = (cfg.seed, "cross", self.task_of(step).name, task.name)
-        rollout = self._shared(draw(task, count, step, *key), seed_of("sample", *key, step))
+        prompts = draw(task, count, step, *key, every=len(self.tasks))
+        rollout = self._shared(prompts, seed_of("sample", *key, step))
         lesson = Lesson(
             [TeacherScore(name) for name in teachers], cfg.opd.signal, fixed_weights(len(teachers), cfg.opd)
         )

@@ -10,13 +10,13 @@ from __future__ import annotations
 import logging
 import re
 import zipfile
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from copd import data, files
+from copd import files, tables
 from copd.coevolve import Plan
 from copd.config import Config
 from copd.schema import dump
@@ -62,7 +62,8 @@ def identity(cfg: Config) -> dict[str, Any]:
         if prefix in free:
             return
         if isinstance(value, DataConfig):
-            found.update({f"{prefix}: {what}": digest for what, digest in data.fingerprint(value).items()})
+            value = replace(value, decode_ahead=0)  # the same rows
+            found.update({f"{prefix}: {what}": digest for what, digest in tables.fingerprint(value).items()})
         if is_dataclass(value):
             for field in fields(value):
                 walk(f"{prefix}.{field.name}".strip("."), getattr(value, field.name))

@@ -1,18 +1,15 @@
 """Rows from files: JSONL or Hugging Face `datasets`, with images and videos, through the model's processor.
 
 Columns are `prompt` (text or chat messages), `images` (or `image`), `videos` (or `video`), and any other, which the
-rewards get; `copd.rows` takes other spellings to these, `copd.media` decodes what they hold.
+rewards get; `copd.rows` takes other spellings to these, `copd.media` decodes what they hold, `copd.ahead` before the
+step that needs it.
 """
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-import json
 import logging
 import re
-from collections.abc import Callable, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +18,14 @@ from PIL import Image
 from torch import Tensor
 
 from copd import media, rewards, rows
+from copd.ahead import Ahead
 from copd.apart import Apart
 from copd.rows import MEDIA_COLUMNS
-from copd.schema import digest
 from copd.settings import DataConfig
+from copd.tables import Rows, read, unseen
 from copd.task import Prompt, Split
 
 logger = logging.getLogger("copd")
-Rows = Sequence[dict[str, Any]]
-TABLES = {".json": "json", ".csv": "csv", ".parquet": "parquet"}
 THUMBNAIL = 256  # pixels of the longer side of the images kept for the report
 
 
@@ -63,12 +59,13 @@ class FileTask:
             raise ValueError(f"{name}: data must leave rows to train on and rows to test on; got {got}")
         self.rows: dict[Split, tuple[Rows, Sequence[int]]] = {"train": (train, kept), "test": (test, held_out)}
         self.files: dict[Split, str] = {"train": cfg.path, "test": cfg.test_path or cfg.path}
-        for split, (table, indices) in self.rows.items():
-            if isinstance(table, list):  # cheap enough to find what is missing before the first step
-                for index in range(len(indices)):
-                    self._check(split, index)
-            else:
-                self._check(split, 0)
+        # of a table in memory it is cheap enough to find what is missing before the first step
+        checked = {
+            split: range(len(indices) if isinstance(table, list) else 1)
+            for split, (table, indices) in self.rows.items()
+        }
+        shown = [self._check(split, index) for split, among in checked.items() for index in among]
+        self.ahead = Ahead(self._read, cfg.decode_ahead if any(shown) else 0)
 
     def size(self, split: Split) -> int:
         return len(self.rows[split][1])
@@ -78,7 +75,8 @@ class FileTask:
         limit = self.cfg.max_prompt_tokens
         for step in range(self.size(split)):
             row = (index + step) % self.size(split)
-            prompt = self._prompt(row, split)
+            # only the row that was asked for has been expected
+            prompt = self._prompt(row, split, self._read if step else self.ahead.take)
             if limit is None or len(prompt.input_ids) <= limit:
                 return prompt
             if self.cfg.overlong == "error":
@@ -91,6 +89,10 @@ class FileTask:
                 logger.warning("%s: %s; %d so far", self._where(split, row), rule, len(self.overlong))
         raise ValueError(f"{self.name}: one {split} prompt must have at most {limit} tokens; got none")
 
+    def expect(self, indices: Iterable[int]) -> None:
+        """Rows to train on that will be asked for next, in this order: their media may be decoded ahead."""
+        self.ahead.expect((index, "train") for index in indices)
+
     def decode(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
@@ -102,13 +104,15 @@ class FileTask:
         """
         names = sorted({name for prompt in prompts for name in prompt.columns})
         columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
-        asked = [self._row(*self._place(prompt))["prompt"] for prompt in prompts]
+        places = [self._place(prompt) for prompt in prompts]
+        held = {place: self._row(*place)["prompt"] for place in set(places)}  # a table may decode pictures for it
+        asked = [held[place] for place in places]
         answered = [
             text if isinstance(question, str) else [{"role": "assistant", "content": text}]
             for question, text in zip(asked, completions, strict=True)
         ]
         score = rewards.combine(self.functions, self.cfg.reward_weights, asked, answered, columns)
-        problems = {self._where(*self._place(prompts[i])): why for i, why in score.problems.items()}
+        problems = {self._where(*places[i]): why for i, why in score.problems.items()}
         for where, why in problems.items():
             logger.warning("%s: reward: %s", where, why)
         if len(score.problems) > self.cfg.max_failed_rewards * len(completions):
@@ -132,8 +136,11 @@ class FileTask:
     def _where(self, split: Split, index: int) -> str:
         return f"{self.name}: row {self.rows[split][1][index]} of {self.files[split]}"
 
-    def _check(self, split: Split, index: int) -> None:
-        """Raises `ValueError` for a row that no step could use: prompt, media, and the columns that rewards ask for."""
+    def _check(self, split: Split, index: int) -> bool:
+        """Whether the row has media.
+
+        Raises `ValueError` for one that no step could use: prompt, media, and the columns that rewards ask for.
+        """
         row, where = self._row(split, index), self._where(split, index)
         if not isinstance(row.get("prompt"), str | list) or not row["prompt"]:
             asked = (rows.FORMATS[self.cfg.format] | self.cfg.columns).get("prompt", "prompt")
@@ -162,6 +169,7 @@ class FileTask:
         if all(missing):
             got = f"no {sorted(missing[0])[0]} for {self.cfg.rewards[0]}"
             raise ValueError(f"{where}: row must have the columns that one of its rewards asks for; got {got}")
+        return any(held.values())
 
     def _placed(self, row: dict[str, Any], where: str) -> tuple[Any, dict[str, list[Any]]]:
         """The prompt with its media in their places, and those media."""
@@ -198,13 +206,17 @@ class FileTask:
         except (OSError, ValueError) as error:
             raise ValueError(f"{where}: {kind} must {rule}; got {error}") from error
 
-    def _prompt(self, index: int, split: Split) -> Prompt:
+    def _read(self, index: int, split: Split) -> tuple[dict[str, Any], Any, list[Image.Image], list[Any]]:
+        """A row, its prompt with the places of its media, and those media; in whichever thread."""
         row, where = self._row(split, index), self._where(split, index)
         placed, held = self._placed(row, where)
         images = [self._decoded("image", item, where, split, media.read_image) for item in held["image"]]
         how = (media.read_video, self.cfg.fps, self.cfg.max_frames)
-        videos = [self._decoded("video", item, where, split, *how) for item in held["video"]]
-        text = self._render(placed)
+        return row, placed, images, [self._decoded("video", item, where, split, *how) for item in held["video"]]
+
+    def _prompt(self, index: int, split: Split, read: Callable[..., Any]) -> Prompt:
+        row, placed, images, videos = read(index, split)
+        where, text = self._where(split, index), self._render(placed)
         inputs: dict[str, Any] = {}
         if images:
             inputs["images"] = images
@@ -256,84 +268,6 @@ def placeholders(processor: Any, cfg: DataConfig) -> set[str]:
     own = {getattr(owner, name, None) for owner in owners for name in dir(owner) if named.match(name)}
     own |= {f"<{kind}>" for kind in ("image", "video") if cfg.columns.get(f"{kind}s", kind) is not None}
     return {word for word in own if isinstance(word, str) and word}
-
-
-def unseen(train: Rows, kept: Sequence[int], test: Rows, held_out: Sequence[int]) -> Sequence[int]:
-    """Those of `kept` that equal no held-out row. Media are decoded only where everything else is equal."""
-
-    def texts(table: Any) -> Rows:
-        if isinstance(table, list):
-            return [{name: value for name, value in row.items() if name not in MEDIA_COLUMNS} for row in table]
-        return table.remove_columns([name for name in MEDIA_COLUMNS if name in table.column_names])
-
-    def key(row: dict[str, Any]) -> str:
-        return json.dumps(row, sort_keys=True, default=_plain)
-
-    train_texts, test_texts = texts(train), texts(test)
-    alike: dict[str, list[int]] = {}
-    for i in held_out:
-        alike.setdefault(key(test_texts[i]), []).append(i)
-    twins = {i: alike[text] for i in kept if (text := key(train_texts[i])) in alike}
-    equal = {i for i, others in twins.items() if key(train[i]) in {key(test[j]) for j in others}}
-    return [i for i in kept if i not in equal] if equal else kept
-
-
-def read(path: str, split: str, config_name: str | None) -> Sequence[dict[str, Any]]:
-    """Rows of a JSONL file, of another table, or of a folder or name that `datasets` loads."""
-    file = Path(path)
-    if file.suffix != ".jsonl":
-        import datasets
-
-        if (file / "state.json").is_file() or (file / "dataset_dict.json").is_file():  # written by save_to_disk
-            loaded = datasets.load_from_disk(path)
-            return loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
-        if kind := TABLES.get(file.suffix) if file.is_file() else None:
-            table = datasets.load_dataset(kind, data_files={split: path}, split=split)
-            return table if set(MEDIA_COLUMNS) & set(table.column_names) else table.to_list()
-        return datasets.load_dataset(path, config_name, split=split)
-    if not file.is_file():
-        raise ValueError(f"data: path must be a JSONL file, a folder or a dataset; got {path!r}, which does not exist")
-    rows = []
-    # U+2028 and its like are letters of a JSON string: newlines alone end a line
-    with file.open(encoding="utf-8-sig", newline="\n") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                try:
-                    rows.append(json.loads(line))
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"data: line {number} of {path} must be JSON; got {error}") from error
-                if not isinstance(rows[-1], dict):
-                    got = type(rows[-1]).__name__
-                    raise ValueError(f"data: line {number} of {path} must be an object; got a {got}")
-    return rows
-
-
-def fingerprint(cfg: DataConfig) -> dict[str, str]:
-    """Digests of what a config names and does not hold: the rows of local files, and the code of own rewards."""
-    found = {}
-    for path in filter(None, (cfg.path, cfg.test_path)):
-        files = sorted(Path(path).rglob("*")) if Path(path).is_dir() else [Path(path)]
-        parts = [_digest(file, file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.is_file()]
-        if parts:
-            found[path] = digest(*parts)
-    for name in cfg.rewards:
-        if name not in rewards.BUILT_IN:
-            module = inspect.getmodule(rewards.load(name))
-            found[name] = digest(inspect.getsource(module)) if module else ""
-    return found
-
-
-@lru_cache(maxsize=4096)
-def _digest(file: Path, changed: int, size: int) -> str:
-    """Of a table its bytes; of a picture its name and size."""
-    if file.suffix in {".jsonl", ".arrow", *TABLES}:
-        with file.open("rb") as opened:
-            return hashlib.file_digest(opened, "blake2b").hexdigest()
-    return f"{file.name} {size}"
-
-
-def _plain(held: Any) -> str:
-    return str((held.size, held.tobytes())) if isinstance(held, Image.Image) else repr(held)
 
 
 def _thumbnail(image: Image.Image) -> np.ndarray:

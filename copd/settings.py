@@ -96,11 +96,13 @@ class DataConfig:
     """frames kept of a video, evenly spaced; None keeps all"""
     fps: float = 2.0
     """frames a second that are taken from a video file, and that a folder of frames has"""
+    decode_ahead: int = 16
+    """rows with pictures or videos that threads decode before the step that needs them; 0 decodes within the step"""
 
     def __post_init__(self) -> None:
         limit = self.reward_timeout
         require(limit is None or limit > 0, "data.reward_timeout must be above 0, or null", limit)
-        at_least(self, "data.", max_prompt_tokens=1, max_frames=1, test_rows=0)
+        at_least(self, "data.", max_prompt_tokens=1, max_frames=1, test_rows=0, decode_ahead=0)
         require(0 <= self.max_failed_rewards <= 1, "data.max_failed_rewards must be in [0, 1]", self.max_failed_rewards)
         require(self.fps > 0, "data.fps must be above 0", self.fps)
         weights, rewards = self.reward_weights, len(self.rewards)

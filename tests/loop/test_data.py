@@ -14,7 +14,7 @@ from transformers.models.qwen2_vl import Qwen2VLImageProcessorPil
 
 from copd import train
 from copd.config import Config
-from copd.data import FileTask, fingerprint
+from copd.data import FileTask
 from copd.lab.config import TinyConfig
 from copd.lab.tasks import vocabulary
 from copd.lab.tasks.synthetic import patches
@@ -22,6 +22,7 @@ from copd.lab.tiny import build_tiny
 from copd.processor import FrameProcessor, PilProcessor, load_processor
 from copd.schema import load
 from copd.settings import DataConfig
+from copd.tables import fingerprint
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *vocabulary.MEDIA]
