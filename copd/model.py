@@ -152,6 +152,10 @@ def media_of(prompts: list[Prompt]) -> dict[str, Tensor]:
     found = {}
     for name in names:
         parts = [prompt.media[name] for prompt in prompts if name in prompt.media]
+        frames = sorted({part.shape[1] for part in parts}) if name.endswith("videos") and parts[0].dim() > 2 else []
+        if len(frames) > 1:  # LLaVA's, where a frame filled up would be one more to see
+            rule = f"model: videos of one batch must have equally many frames for this family; got {frames[0]} and"
+            raise ValueError(f"{rule} {frames[-1]}; data.max_frames makes those with more equal")
         size = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
         filled = []
         for part in parts:

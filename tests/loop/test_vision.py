@@ -8,6 +8,7 @@ import pytest
 import torch
 from copd_cases import CPU, make_config, weights
 from PIL import Image
+from test_vllm import run_beside
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedTokenizerFast
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
@@ -225,3 +226,7 @@ def test_it_trains_with_its_vision_or_without(case, frozen):
     assert metrics["grad_norm"] > 0
     assert any("language_model" in name or "text_model" in name for name in moved)
     assert any("vision" in name or "visual" in name for name in moved) != frozen
+
+
+def test_videos_of_every_family_whose_processor_takes_them():
+    run_beside("video_cases.py")

@@ -24,16 +24,21 @@ def missing():
     return None
 
 
-def test_a_real_engine_samples_what_the_trainer_would():
+def run_beside(cases):
+    """Tests that need vLLM or torchvision, in the environment that has them."""
     if reason := missing():
         pytest.skip(reason)
-    cases = Path(__file__).with_name("vllm_cases.py")
-    command = [str(VENV / "bin" / "python"), "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)]
+    file = Path(__file__).with_name(cases)
+    command = [str(VENV / "bin" / "python"), "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     found = subprocess.run(
         command, cwd=ROOT, env=environment | QUIET | FAST, capture_output=True, text=True, timeout=900
     )
     assert found.returncode == 0, found.stdout + found.stderr[-2000:]
+
+
+def test_a_real_engine_samples_what_the_trainer_would():
+    run_beside("vllm_cases.py")
 
 
 def test_an_engine_that_is_not_installed_names_the_command(monkeypatch):
