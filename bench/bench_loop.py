@@ -1,7 +1,9 @@
 """A whole step of GRPO, sampling included: this loop (`method: expert`) and TRL's `GRPOTrainer`, turn by turn.
 
-The same model (Phi's architecture, random weights, a bias that ends one token in `MEAN`), prompts, batch and limit;
-completions are as long as each of them happens to sample, so what counts is tokens a second.
+The same model (StableLM of random weights, with a head that ends one token in `mean`), prompts, batch and limit;
+completions are as long as each of them happens to sample, so what counts is tokens a second. `--whole` takes 30 M
+parameters and 128 completions of up to 512 tokens, minutes a round. Where vLLM is installed the loop takes a turn with
+it, too.
 """
 
 from __future__ import annotations
@@ -9,21 +11,22 @@ from __future__ import annotations
 import copy
 import time
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
-from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from transformers import PreTrainedTokenizerFast, StableLmConfig, StableLmForCausalLM, TrainerCallback
 
 from bench.measure import Clock
 from bench.results import OURS
-from copd import schema
+from copd import engine, schema
 from copd.branch import Branch
 from copd.config import Config
 from copd.task import Prompt
 
 # layers, hidden size, vocabulary, prompts, samples, limit and mean length of completions
-SIZES = {"cuda": (8, 2048, 65_536, 64, 8, 2048, 512), "cpu": (6, 384, 16_384, 16, 8, 512, 128)}
-SIZES["quick"] = (1, 32, 64, 2, 2, 8, 4)
+SIZES = {"cuda": (8, 2048, 65_536, 64, 8, 2048, 512), "cpu": (6, 384, 16_384, 8, 4, 256, 64)}
+SIZES |= {"whole": (10, 384, 16_384, 16, 8, 512, 128), "quick": (1, 64, 64, 2, 2, 8, 4)}
 MICRO = 8  # completions of TRL's micro-batch; as many tokens of ours
 
 
@@ -62,41 +65,50 @@ class Words:
 
 
 @pytest.mark.filterwarnings("ignore")
-def bench_grpo(benchmark, record, scale, device, tmp_path):
+def bench_grpo(benchmark, record, scale, device, tmp_path, request):
     trl = pytest.importorskip("trl", minversion="1.15")
     from datasets import Dataset
 
-    layers, D, V, P, G, limit, mean = SIZES["quick" if scale.N <= 32 else device]
+    whole = request.config.getoption("whole")
+    layers, D, V, P, G, limit, mean = SIZES["quick" if scale.N <= 32 else "whole" if whole else device]
     tokenizer = words(V)
-    heads = {"num_attention_heads": max(1, D // 64), "num_key_value_heads": max(1, D // 64)}
+    sizes = {"hidden_size": D, "intermediate_size": 8 * D // 3 // 64 * 64, "num_hidden_layers": layers}
+    heads = {"num_attention_heads": D // 64, "num_key_value_heads": D // 64}
     ends = {"eos_token_id": 1, "pad_token_id": 0, "bos_token_id": 2}
     torch.manual_seed(0)
-    model = PhiForCausalLM(
-        PhiConfig(vocab_size=V, hidden_size=D, intermediate_size=4 * D, num_hidden_layers=layers, **heads, **ends)
-    ).to(device)
-    with torch.no_grad():
-        model.lm_head.bias[1] = torch.log(torch.tensor(V / mean))
+    model = StableLmForCausalLM(StableLmConfig(vocab_size=V, **sizes, **heads, **ends)).to(device)
+    with torch.no_grad():  # what every hidden state has in common says how likely the end is
+        common = model.model.norm.bias.normal_()
+        model.lm_head.weight[1] = common * (torch.log(torch.tensor(V / mean)) / common.square().sum())
     task = Words(tokenizer, 4 * P)
-    tokens = MICRO * (limit // 2)
     options = [
         f"rollout={{prompts: {P}, samples: {G}, max_new_tokens: {limit}, mask_truncated: false}}",
-        "optim.lr=1e-6",
+        f"micro_batch_tokens={MICRO * (limit // 2)}",
+        *("method=expert", "optim.lr=1e-6", "branches.words.task=data", "branches.words.data.path=none"),
+        f"output_dir={tmp_path}",
     ]
-    options += [f"micro_batch_tokens={tokens}", "method=expert", "branches.words.task=data", f"output_dir={tmp_path}"]
-    cfg = schema.load(Config, None, [*options, "branches.words.data.path=none"])
-    cfg = replace(cfg, model=replace(cfg.model, dtype="float32"))
-    branch = Branch("words", [task], copy.deepcopy(model), tokenizer, cfg, torch.device(device))
-    clock, rounds, made = Clock(device), scale.rounds, []
-    mine, theirs = (
-        {"name": name, "ms": [], "tokens_per_s": [], "peak_mib": None, "why": None} for name in (OURS, "TRL")
-    )
+    names = {OURS: "transformers"} | ({f"{OURS}, vLLM": "vllm"} if find_spec("vllm") else {})
+    branches = {}
+    for name, sampler in names.items():
+        # of vLLM's cache: room for the keys and values of every row at its longest, and its greatest batch
+        cache = 8 * layers * D * P * G * (limit + 64)
+        room = f"{{kv_cache_memory_bytes: {cache}, max_num_seqs: {P * G}}}" if device == "cpu" else "{}"
+        own = [f"rollout.engine={sampler}", f"rollout.engine_options={room if sampler == 'vllm' else '{}'}"]
+        cfg = schema.load(Config, None, [*options, *own])
+        cfg = replace(cfg, model=replace(cfg.model, dtype="float32"))
+        samples = engine.make(cfg, model, tokenizer)
+        branches[name] = Branch("words", [task], copy.deepcopy(model), tokenizer, cfg, torch.device(device), samples)
+    clock, rounds, made = Clock(device), 2 if whole else scale.rounds, []
+    entries = {
+        name: {"name": name, "ms": [], "tokens_per_s": [], "peak_mib": None, "why": None} for name in (*branches, "TRL")
+    }
 
-    def note(entry: dict, begun: tuple[int, float], tokens: int) -> None:
+    def note(name: str, begun: tuple[int, float], tokens: int) -> None:
         seconds = time.perf_counter() - begun[1]
         # of the last step, when the optimiser has its state
-        entry["peak_mib"] = clock.risen(begun[0])
-        entry["ms"].append(1e3 * seconds)
-        entry["tokens_per_s"].append(tokens / seconds)
+        entries[name]["peak_mib"] = clock.risen(begun[0])
+        entries[name]["ms"].append(1e3 * seconds)
+        entries[name]["tokens_per_s"].append(tokens / seconds)
 
     def reward(completions, completion_ids, **columns):
         made.append(sum(map(len, completion_ids)))
@@ -109,9 +121,10 @@ def bench_grpo(benchmark, record, scale, device, tmp_path):
             self.begun = clock.low(), time.perf_counter()
 
         def on_step_end(self, args, state, control, **kwargs):
-            note(theirs, self.begun, made[-1])
-            begun = clock.low(), time.perf_counter()
-            note(mine, begun, branch.learn(branch.native_batches(state.global_step))["tokens"])
+            note("TRL", self.begun, made[-1])
+            for name, branch in branches.items():
+                begun = clock.low(), time.perf_counter()
+                note(name, begun, branch.learn(branch.native_batches(state.global_step))["tokens"])
 
     micro = min(MICRO, P * G)
     settings = trl.GRPOConfig(
@@ -132,7 +145,7 @@ def bench_grpo(benchmark, record, scale, device, tmp_path):
     rows = Dataset.from_list([{"prompt": text} for text in task.texts])
     trainer = trl.GRPOTrainer(model, reward, settings, rows, processing_class=tokenizer, callbacks=[Turn()])
     benchmark.pedantic(trainer.train, rounds=1)
-    for entry in (mine, theirs):  # the first step starts things up
+    for entry in entries.values():  # the first step starts things up
         entry |= {name: entry[name][1:] for name in ("ms", "tokens_per_s")}
-    shape = {"model": "phi", "D": D, "V": V, "N": P * G, "layers": layers, "device": device, "dtype": "float32"}
-    record({"op": "loop"} | shape | {"limit": limit, "mean": mean, "entries": [mine, theirs]})
+    shape = {"model": "stablelm", "D": D, "V": V, "N": P * G, "layers": layers, "device": device, "dtype": "float32"}
+    record({"op": "loop"} | shape | {"limit": limit, "mean": mean, "entries": [*entries.values()]})

@@ -26,6 +26,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def pytest_addoption(parser):
     parser.addoption("--results", type=Path, metavar="DIR", help="write DIR/<device>.json")
     parser.addoption("--fresh", action="store_true", help="drop the rows that DIR/<device>.json has")
+    parser.addoption("--whole", action="store_true", help="bench_loop at 30 M parameters and 128 long completions")
 
 
 def pytest_configure(config):
