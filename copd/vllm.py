@@ -109,6 +109,8 @@ class VLLM:
             "enforce_eager": not gpu,
             "enable_sleep_mode": gpu,
         }
+        if not gpu:  # a prompt in pieces winds a generator back, which those of the CPU cannot
+            options["enable_chunked_prefill"] = False
         if hasattr(self.config, "vision_config"):
             # pixels come as the model's own processor made them: normalised
             options |= {"mm_device_do_normalize": False, "skip_mm_profiling": True}
@@ -132,6 +134,10 @@ class VLLM:
             **options,
         )
         self.engine = LLMEngine.from_engine_args(arguments)
+        if self.engine.model_config.using_transformers_backend():
+            # which changes transformers' class in place: what this process trains could run no more
+            got = f"{self.architecture}, which it takes from transformers"
+            raise ValueError(f"rollout: engine vllm must have a model of its own for what it samples; got {got}")
         self.limit = self.engine.vllm_config.model_config.max_model_len
         logger.info("rollout: vLLM has started, for prompts and completions of up to %d tokens", self.limit)
         return False
