@@ -108,25 +108,6 @@ def test_weights_that_moved_are_those_it_samples_with(branches):
     assert error(branch, branch.rollout(asked, 5)) < 1e-5
 
 
-def test_more_prompts_than_a_forward_of_the_engine_takes_are_sampled(branches, processor, monkeypatch):  # noqa: F811
-    branch = branches[0]
-    prompt, names = branch.tasks[0].prompt(0), ("input_ids", "mm_token_type_ids")
-    long = [replace(prompt, **{name: getattr(prompt, name) * (7 + i) for name in names}) for i in range(12)]
-    few = {"max_model_len": 256, "max_num_batched_tokens": 256, "kv_cache_memory_bytes": 1 << 25, "max_num_seqs": 32}
-    cfg = replace(branch.cfg, rollout=replace(branch.cfg.rollout, engine_options=few))
-    monkeypatch.setattr(branch, "engine", engine.make(cfg, branch.model, processor))
-    assert sum(len(row.input_ids) for row in long) > 2 * 256
-    assert error(branch, branch.rollout(long, 7)) < 1e-5
-
-
-def test_a_model_that_the_engine_takes_from_transformers_is_refused(tmp_path):
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
-    model = PhiForCausalLM(PhiConfig(vocab_size=256, **sizes))
-    vllm = engine.make(config(tmp_path), model, vocabulary.tokenizer())
-    with pytest.raises(ValueError, match="must have a model of its own for what it samples; got PhiForCausalLM"):
-        vllm.sample(Whole(model), [], 1, None, 0)
-
-
 def test_a_prompt_beyond_the_limit_is_named_and_harms_nothing(branches):
     prompt = branches[0].tasks[0].prompt(3)
     long = replace(prompt, input_ids=prompt.input_ids * 20_000)
@@ -201,3 +182,23 @@ def test_a_run_samples_with_it_and_eval_too(processor, tmp_path, monkeypatch, ca
     capsys.readouterr()
     cli.main(["eval", str(cfg.run_dir / "merged"), "--config", str(cfg.run_dir / "config.yaml")])
     assert capsys.readouterr().out.count("accuracy") == 3
+
+
+# engines of their own come last: one that is let go takes the process group of the others with it
+def test_more_prompts_than_a_forward_of_the_engine_takes_are_sampled(branches, processor, monkeypatch):  # noqa: F811
+    branch = branches[0]
+    prompt, names = branch.tasks[0].prompt(0), ("input_ids", "mm_token_type_ids")
+    long = [replace(prompt, **{name: getattr(prompt, name) * (7 + i) for name in names}) for i in range(12)]
+    few = {"max_model_len": 256, "max_num_batched_tokens": 256, "kv_cache_memory_bytes": 1 << 25, "max_num_seqs": 32}
+    cfg = replace(branch.cfg, rollout=replace(branch.cfg.rollout, engine_options=few))
+    monkeypatch.setattr(branch, "engine", engine.make(cfg, branch.model, processor))
+    assert sum(len(row.input_ids) for row in long) > 2 * 256
+    assert error(branch, branch.rollout(long, 7)) < 1e-5
+
+
+def test_a_model_that_the_engine_takes_from_transformers_is_refused(tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = PhiForCausalLM(PhiConfig(vocab_size=256, **sizes))
+    vllm = engine.make(config(tmp_path), model, vocabulary.tokenizer())
+    with pytest.raises(ValueError, match="must have a model of its own for what it samples; got PhiForCausalLM"):
+        vllm.sample(Whole(model), [], 1, None, 0)
