@@ -66,7 +66,8 @@ def test_branches_equal_to_the_student_give_no_gradient(tmp_path):
     student, owners = three(cfg, (0, 0, 0))
     same_weights = gradient(student, routed_batch(student, owners, 0))
     student, owners = three(cfg)
-    assert same_weights.abs().max() <= 1e-6 * gradient(student, routed_batch(student, owners, 0)).abs().max()
+    # teachers score and the student trains in GEMMs of other shapes, so rounding stays
+    assert same_weights.abs().max() <= 1e-5 * gradient(student, routed_batch(student, owners, 0)).abs().max()
 
 
 def test_who_has_a_prompt_more_changes_from_step_to_step(tmp_path):
