@@ -121,7 +121,8 @@ def test_a_teacher_equal_to_the_student_gives_no_distillation_gradient(tmp_path,
     moved = make_branch(cfg, "image", seed=1)
     student._backward(cross_batch(student, moved, 0))
     largest_of_another = max(p.grad.abs().max() for p in student.parameters if p.grad is not None)
-    assert largest <= 1e-6 * largest_of_another
+    # scored and trained in GEMMs of other shapes, so rounding stays
+    assert largest <= 1e-5 * largest_of_another
 
 
 @pytest.mark.parametrize("signal_name", ["sampled", "reverse"])
