@@ -53,7 +53,7 @@ def variants(name: str, names: list[str], fp64: bool) -> Iterator[dict[str, Any]
 
     like = torch.empty(0, dtype=torch.float64 if fp64 else torch.float32)
     most = MAX_TEACHERS["triton"]
-    for T in ((1,) if fp64 and "stats" in name else (1, 4) if fp64 else (1, 4, most)) if "T" in names else (1,):
+    for T in ((1,) if fp64 and "stats" in name else (1, 4) if fp64 else (1, 2, 4, most)) if "T" in names else (1,):
         sizes = {
             "T": T,
             "TP": triton.next_power_of_2(T),

@@ -43,6 +43,7 @@ stage build 180 "$python" setup.py build_ext --inplace
 # shellcheck disable=SC2086
 stage tests 120 "$python" -m pytest -q -m gpu $workers tests
 bench rows 40 bench/bench_rows.py
+bench workspace 40 bench/bench_workspace.py
 # most of these three is rivals that compile
 bench kl 140 bench/bench_kl.py::bench_reverse
 bench logprob 120 bench/bench_logprob.py::bench_{logprob,kept_logits}

@@ -142,7 +142,8 @@ def block(everything: list[Data]) -> str:
     """README's part: each device, then its plots."""
     parts = [headline(data) for data in everything]
     if not any("driver" in data["machine"] for data in everything):
-        parts.append("No GPU has been measured yet.\n")
+        counts = "[counts of the kernels' machine code](bench/results/counts.md)"
+        parts.append(f"No GPU has been measured yet; {counts} predict what one can reach.\n")
     for data in everything:
         images = sorted(FOLDER.glob(f"{data['name']}-*.png"))
         parts += [f"![{image.stem}](bench/results/{image.name})\n" for image in images]
@@ -151,7 +152,14 @@ def block(everything: list[Data]) -> str:
 
 def table(rows: list[Row]) -> str:
     """Every contender of every row, as Markdown that reads well in a terminal."""
-    kinds = {"accuracy": accuracy, "rows": row_math, "step": step, "trainer": trainer, "loop": loop}
+    kinds = {
+        "accuracy": accuracy,
+        "rows": row_math,
+        "step": step,
+        "trainer": trainer,
+        "loop": loop,
+        "workspace": workspace,
+    }
     return "\n".join(kinds.get(row["op"], contenders)(row) for row in rows)
 
 
@@ -203,6 +211,12 @@ def row_math(row: Row) -> str:
     ]
     where = f"{row['model']}, R={row['R']:,} V={row['V']:,} T={row['T']}"
     return markdown(f"the rows of kl alone, {where}", ["", "ms", "min–max", "GB/s", "of a copy"], cells)
+
+
+def workspace(row: Row) -> str:
+    cells = [[e["name"], f"{ms(e):,.1f}", spread(e), form("{:,.0f}", e["peak_mib"])] for e in row["entries"]]
+    where = f"{title(row).removeprefix('workspace, ')}, T={row['T']}"
+    return markdown(f"kl by workspace, {where}", ["", "ms", "min–max", "MiB"], cells)
 
 
 def step(row: Row) -> str:

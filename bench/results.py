@@ -91,7 +91,8 @@ def load(folder: Path = FOLDER) -> list[Data]:
 
 
 def timed(data: Data) -> list[Row]:
-    return [row for row in data["rows"] if row["op"] not in ("accuracy", "rows", "step", "trainer", "loop")]
+    others = ("accuracy", "rows", "workspace", "step", "trainer", "loop")
+    return [row for row in data["rows"] if row["op"] not in others]
 
 
 def sweep(data: Data) -> list[Row]:

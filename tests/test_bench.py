@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from bench import report, work
+from bench import counts, report, sass, work
 from bench.cases import SCALES, Case, draw
 from bench.measure import differentiate
 from bench.results import Results
@@ -54,6 +54,49 @@ def test_a_row_measured_again_replaces_the_first_unless_all_start_afresh(tmp_pat
     fresh = Results(tmp_path, fresh=True)
     fresh.add(row)
     assert len(Results(tmp_path).data["rows"]) == 1
+
+
+MACHINE_CODE = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_0:
+        /*0010*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0020*/                   FSETP.GT.AND P0, PT, R4, R0, PT ;
+        /*0030*/               @P0 BRA `(.L_x_1) ;
+        /*0040*/                   MUFU.EX2 R5, R4 ;
+        /*0050*/                   BRA `(.L_x_2) ;
+.L_x_1:
+        /*0060*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0070*/                   SHFL.BFLY PT, R0, R4, 0x10, 0x1f ;
+        /*0080*/                   FADD R0, R0, R4 ;
+        /*0090*/                   MUFU.EX2 R5, R4 ;
+.L_x_2:
+        /*00a0*/                   IADD3 R2, R2, 0x10, RZ ;
+        /*00b0*/               @P1 BRA `(.L_x_0) ;
+        /*00c0*/                   EXIT ;
+"""
+
+
+def test_a_loop_is_counted_on_the_way_that_ordinary_rows_take():
+    flow = sass.Flow(sass.read(MACHINE_CODE))
+    (loop,) = flow.sweeps()
+    ((read, cost),) = flow.ways(loop, 1024).items()
+    assert read == 16
+    found = dict(zip(sass.FIGURES, cost.counts, strict=True))
+    # a load, a comparison, an exponential, an addition and three branches
+    assert found == dict.fromkeys(found, 0) | {
+        "instructions": 7,
+        "alu": 2,
+        "special": 1,
+        "global": 1,
+        "global_bytes": 16,
+    }
+
+
+def test_predictions_follow_from_the_counts():
+    pytest.importorskip("triton")
+    pytest.importorskip("copd_kernels._C")
+    text = counts.FILE.read_text()
+    assert text.endswith(counts.consequences(text)), "run `python -m bench.counts`"
 
 
 def test_readme_is_what_the_results_say():

@@ -7,9 +7,10 @@ import sys
 
 import pytest
 
+from bench import counts
 from bench.compiled import compile_all, cuobjdump
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
@@ -30,6 +31,14 @@ def test_every_triton_kernel_compiles_without_spills(arch, tmp_path):
         # min and max drop a NaN, and saturation hides an infinity; the JSD clamps a log-ratio that is no NaN any more
         if "_grad_" in cubin.name and any(kind in cubin.name for kind in ("logprob", "REVERSE", "FORWARD")):
             assert not re.search(r"\b(min|max)\.(?!NaN)f|\.sat", ptx), cubin.stem
+
+
+def test_the_committed_counts_are_those_of_the_machine_code(tmp_path):
+    if f"Triton\n{triton.__version__} " not in counts.FILE.read_text():
+        pytest.skip(f"the counts are of another Triton's code, this is {triton.__version__}")
+    compile_all(90, tmp_path)  # which Triton keeps from the test above
+    committed = [row for row in counts.committed(90) if row.rows == "Triton"]
+    assert counts.of_triton(tmp_path) == committed, "run `python -m bench.counts`"
 
 
 def test_numbers_that_vary_do_not_compile_again():

@@ -12,6 +12,7 @@ import pytest
 import torch
 from kernel_cases import DIVERGENCES, make, relative
 
+from bench import counts
 from copd_kernels import kl, rows
 from copd_kernels.rows import BACKENDS, missing
 
@@ -253,3 +254,17 @@ def test_the_committed_table_of_resources_is_that_of_the_build():
     if f"CUDA {version} built" not in committed:
         pytest.skip(f"the table is another compiler's, this is CUDA {version}")
     assert resources.markdown(table, version) == committed
+
+
+@needs_build
+def test_the_committed_counts_are_those_of_the_build():
+    pytest.importorskip("triton")  # which carries the disassembler
+    from copd_kernels import _C
+
+    if not (_C.has_cuda and shutil.which("nvcc")):
+        pytest.skip("needs the CUDA part and nvcc")
+    version = counts.cuda_version()
+    if f"CUDA {version}." not in counts.FILE.read_text():
+        pytest.skip(f"the counts are of another compiler's code, this is CUDA {version}")
+    committed = [row for row in counts.committed(90) if row.rows != "Triton"]
+    assert counts.of_cuda(Path(_C.__file__)) == committed, "run `python -m bench.counts`"
