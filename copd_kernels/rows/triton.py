@@ -267,7 +267,7 @@ def registers(z: Tensor, T: int) -> int | None:
     """Of a thread: several teachers' numbers and doubles need more than the compiler takes by itself."""
     if T > 4 or z.dtype == torch.float64:
         return 168
-    return 128 if T > 2 else None
+    return 128 if T > 1 else None
 
 
 def spans(z: Tensor, T: int = 1) -> int:
