@@ -19,6 +19,8 @@ CSRC = Path(__file__).parent.resolve() / "csrc"
 # one object an instruction set, chosen at run time
 X86 = {"avx2": "-march=x86-64-v3", "avx512": "-march=x86-64-v4"}
 ISAS = {"plain": ""} | (X86 if platform.machine().lower() in ("x86_64", "amd64") else {})
+# g++ 12 takes what its own intrinsics leave undefined for a mistake
+AMX = "-march=x86-64-v4 -mamx-tile -mamx-bf16 -mavx512bf16 -Wno-uninitialized -Wno-maybe-uninitialized"
 ARCHITECTURES = ("80", "90a", "100")
 
 RULES = """
@@ -46,9 +48,12 @@ def ninja_file(cxx: str, nvcc: str | None, output: Path) -> str:
     sanitize = "-g -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined"
     sanitize = sanitize if os.environ.get("COPD_SANITIZE") == "1" else ""
     options = f"-I{pybind11.get_include()} -I{sysconfig.get_paths()['include']}"
-    options += " -DCOPD_X86" * (len(ISAS) > 1) + " -DCOPD_CUDA" * bool(nvcc)
+    amx = len(ISAS) > 1 and sys.platform == "linux"
+    options += " -DCOPD_X86" * (len(ISAS) > 1) + " -DCOPD_AMX" * amx + " -DCOPD_CUDA" * bool(nvcc)
     objects = {"bindings.o": ("cxx", "bindings.cpp", options)}
     objects |= {f"rows_{isa}.o": ("cxx", "rows_cpu.cpp", f"-DCOPD_ISA={isa} {march}") for isa, march in ISAS.items()}
+    if amx:
+        objects["gemm_amx.o"] = ("cxx", "gemm_amx.cpp", AMX)
     link, codes = f"{cxx} -shared -fopenmp {sanitize}", ""
     if nvcc:
         objects["rows_cuda.o"] = ("nvcc", "rows_cuda.cu", "")

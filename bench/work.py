@@ -77,8 +77,10 @@ def roof(inputs: Inputs) -> Callable[[], None]:
     segments = case.T if case.op == "routed_kl" else 1
 
     def prepare(sweep: Sweep) -> tuple[Sweep, schedule.Workspace, list[Tensor]]:
-        apart = sweep.dhidden and (operand != out_dtype or case.op == "mutual_kl" or not sweep.project)
-        space = schedule.Workspace(case.N // segments, sweep.project, case.V, like, 0, operand if apart else None)
+        narrow = schedule.dlogits_dtype(operand, like)
+        apart = sweep.dhidden and (narrow is not None or case.op == "mutual_kl" or not sweep.project)
+        kind = (narrow or out_dtype) if apart else None
+        space = schedule.Workspace(case.N // segments, sweep.project, case.V, like, 0, kind)
         if apart:
             # zeros would cost a GPU less power and time than gradients do
             space.separate.normal_()

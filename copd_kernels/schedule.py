@@ -10,8 +10,9 @@ vocabulary is not taken in pieces, because a row's normaliser must be known befo
 would cost a GEMM pass a head.
 
 Logits, dhidden, dlm_head and all sums are kept in fp32 (fp64 if any input is fp64). The operands of the GEMMs stay in
-the model's dtype on CUDA, where cuBLAS multiplies 16-bit operands into fp32; elsewhere they are widened a few
-vocabulary rows at a time, and dlogits, already fp32, overwrite the student's logits.
+the model's dtype where 16-bit operands can be multiplied into fp32: on CUDA by cuBLAS, dlogits in 16 bits too, and on
+CPUs with AMX by `gemm`. Elsewhere they are widened a few vocabulary rows at a time. On a CPU dlogits are fp32 and
+overwrite the student's logits.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import gemm
 from .shard import Shard
 
 MIB = 1 << 20
@@ -98,16 +100,24 @@ class Projection:
 
 
 def operand_dtype(hidden: Tensor, logits_dtype: torch.dtype) -> torch.dtype:
-    """cuBLAS multiplies 16-bit operands into fp32; CPU GEMMs would round, so there operands are widened."""
+    """cuBLAS and `gemm` multiply 16-bit operands into fp32; torch's CPU GEMMs would round, so for them they are widened."""
     narrow = hidden.dtype in (torch.float16, torch.bfloat16) and logits_dtype == torch.float32
-    return hidden.dtype if narrow and hidden.device.type == "cuda" else logits_dtype
+    able = hidden.is_cuda or hidden.device.type == "cpu" and gemm.available()
+    return hidden.dtype if narrow and able else logits_dtype
+
+
+def dlogits_dtype(operand: torch.dtype, like: Tensor) -> torch.dtype | None:
+    """cuBLAS reads both operands in one dtype; None where dlogits are as wide as logits and may take their place."""
+    return operand if operand != like.dtype and like.is_cuda else None
 
 
 def addmm(out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, accumulate: bool = False) -> None:
     """out = alpha * a @ b, or += ; summed and kept in `out`'s dtype, which may be wider than the operands'."""
     beta = int(accumulate)
-    if a.dtype == out.dtype:
+    if a.dtype == b.dtype == out.dtype:
         torch.addmm(out, a, b, beta=beta, alpha=alpha, out=out)
+    elif not out.is_cuda:
+        gemm.addmm(out, a, b, alpha, accumulate)
     else:
         torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, alpha=alpha, out=out)
 
@@ -135,8 +145,7 @@ class Gradients:
         self.started = False
         if want[1]:
             self.dlm_head[head.V :].zero_()
-        narrow = head.operand if head.operand != weight.dtype else None
-        self.dlogits_dtype = narrow
+        narrow = self.dlogits_dtype = dlogits_dtype(head.operand, weight)
         headroom = 1.0 if narrow is None else HEADROOM.get(narrow, 1.0)
         power = power_of_two(weight)
         self.factor = headroom / power  # of the weights

@@ -21,6 +21,12 @@ namespace plain { extern const CpuRows rows; }
 namespace avx2 { extern const CpuRows rows; }
 namespace avx512 { extern const CpuRows rows; }
 #endif
+#ifdef COPD_AMX
+namespace amx {
+bool available();
+void gemm(const GemmArguments&, int threads);
+}
+#endif
 
 #ifdef COPD_CUDA
 namespace cuda {
@@ -37,14 +43,18 @@ namespace {
 std::pair<const char*, const CpuRows*> choose() {
     const char* asked = std::getenv("COPD_ISA");
     std::string isa = asked ? asked : "";
-    if (!isa.empty() && isa != "plain" && isa != "avx2" && isa != "avx512")
-        throw std::runtime_error("COPD_ISA must be plain, avx2 or avx512; got '" + isa + "'");
+    if (!isa.empty() && isa != "plain" && isa != "avx2" && isa != "avx512" && isa != "amx")
+        throw std::runtime_error("COPD_ISA must be plain, avx2, avx512 or amx; got '" + isa + "'");
 #ifdef COPD_X86
     __builtin_cpu_init();
     bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")
         && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")
         && __builtin_cpu_supports("avx512cd");
+#ifdef COPD_AMX
+    // rows have no use for it, GEMMs do
+    if (avx512 && (isa.empty() || isa == "amx") && amx::available()) return {"amx", &avx512::rows};
+#endif
     if (avx512 && (isa.empty() || isa == "avx512")) return {"avx512", &avx512::rows};
     if (avx2 && (isa.empty() || isa == "avx2")) return {"avx2", &avx2::rows};
 #endif
@@ -180,6 +190,30 @@ void softcap(uintptr_t z, const std::string& type, int64_t R, int64_t V, double 
     call(on_cuda, place, args, &CpuRows::softcap, softcap_kernel);
 }
 
+#ifdef COPD_AMX
+Operand operand_of(uintptr_t data, const std::string& type, std::pair<int64_t, int64_t> strides) {
+    require(type != "float64", "operands must be float32, float16 or bfloat16");
+    require(strides.first == 1 || strides.second == 1, "one of an operand's strides must be 1");
+    require(data, "operands must not be null");
+    return {(const void*)data, type_of(type), strides.first, strides.second};
+}
+
+void gemm(int64_t M, int64_t N, int64_t K, uintptr_t a, const std::string& a_type, std::pair<int64_t, int64_t> a_strides,
+          uintptr_t b, const std::string& b_type, std::pair<int64_t, int64_t> b_strides, uintptr_t out,
+          int64_t out_stride, double alpha, bool accumulate, int parts, int threads) {
+    require(std::string(cpu().first) == "amx", "this processor has no AMX, or COPD_ISA asks for less");
+    require(M >= 0 && N >= 0 && K >= 0 && threads > 0, "sizes must not be negative");
+    require(parts == 1 || parts == 2, "parts must be 1 or 2");
+    if (M == 0 || N == 0) return;
+    require(out && (M == 1 || out_stride >= N), "out must not be null, its rows at least N apart");
+    // of no numbers at all, the address is any
+    GemmArguments args{M, N, K, operand_of(K ? a : out, a_type, a_strides), operand_of(K ? b : out, b_type, b_strides),
+                       (float*)out, out_stride, (float)alpha, accumulate, parts};
+    py::gil_scoped_release release;
+    amx::gemm(args, M * N * K < (1 << 18) ? 1 : threads);
+}
+#endif
+
 }  // namespace
 }  // namespace copd
 
@@ -195,5 +229,9 @@ PYBIND11_MODULE(_C, m) {
           "dlogits"_a, "dlogits_type"_a, "on_cuda"_a, "place"_a, "stride"_a = 0, "dlogits_stride"_a = 0);
     m.def("agreement", &copd::agreement, "z"_a, "type"_a, "heads"_a, "R"_a, "V"_a, "student"_a, "teachers"_a, "k"_a,
           "overlap"_a, "forward"_a, "reverse"_a, "threads"_a, "stride"_a = 0);
+#ifdef COPD_AMX
+    m.def("gemm", &copd::gemm, "M"_a, "N"_a, "K"_a, "a"_a, "a_type"_a, "a_strides"_a, "b"_a, "b_type"_a, "b_strides"_a,
+          "out"_a, "out_stride"_a, "alpha"_a, "accumulate"_a, "parts"_a, "threads"_a);
+#endif
     m.def("softcap", &copd::softcap, "z"_a, "type"_a, "R"_a, "V"_a, "cap"_a, "on_cuda"_a, "place"_a, "stride"_a = 0);
 }

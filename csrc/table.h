@@ -60,6 +60,25 @@ struct SoftcapArguments {
     double cap;
 };
 
+// A GEMM's operand seen as (outer, K), rows of the left one or columns of the right one: float32, float16 or bfloat16
+// numbers, number k of the i-th at i * stride + k * k_stride. One of the strides is 1.
+struct Operand {
+    const void* data;
+    Type type;
+    int64_t stride, k_stride;
+};
+
+// out (M, N) float32, rows out_stride apart, = alpha a b, or += that.
+struct GemmArguments {
+    int64_t M, N, K;
+    Operand a, b;
+    float* out;
+    int64_t out_stride;
+    float alpha;
+    bool accumulate;
+    int parts;  // bf16 numbers that a float32 is multiplied as, 1 or 2
+};
+
 struct CpuRows {
     void (*kl)(const KlArguments&, int threads);
     void (*logprob)(const LogProbArguments&, int threads);

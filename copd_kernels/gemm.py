@@ -1,0 +1,56 @@
+"""GEMMs of 16-bit operands into fp32 on a CPU that has a unit for them, which torch offers on CUDA only.
+
+Products of bf16 numbers are exact in fp32, and so are those of fp16 numbers as two bf16 ones each: nothing is lost beside
+widened operands. fp32 operands (dlogits) are taken as two bf16 numbers, 16 bits, where the result is rounded to 16 bits or
+fewer anyway; as one where `torch.backends.mkldnn.matmul.fp32_precision` is "bf16".
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from .rows import native_failure
+
+NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+
+
+@functools.cache
+def available() -> bool:
+    """Whether this machine has AMX and csrc/ is built for it."""
+    if native_failure():
+        return False
+    from . import _C  # type: ignore[attr-defined]  # compiled
+
+    return bool(_C.isa() == "amx")
+
+
+def addmm(out: Tensor, a: Tensor, b: Tensor, alpha: float, accumulate: bool) -> None:
+    """out (M, N) fp32, its rows contiguous, = alpha * a @ b, or +=; operands fp32, fp16 or bf16."""
+    from . import _C
+
+    a, b = dense(a), dense(b)
+    parts = 1 if torch.backends.mkldnn.matmul.fp32_precision == "bf16" else 2
+    _C.gemm(
+        *out.shape,
+        a.shape[1],
+        a.data_ptr(),
+        NAMES[a.dtype],
+        a.stride(),
+        b.data_ptr(),
+        NAMES[b.dtype],
+        b.stride()[::-1],
+        out.data_ptr(),
+        out.stride(0),
+        alpha,
+        accumulate,
+        parts,
+        torch.get_num_threads(),
+    )
+
+
+def dense(x: Tensor) -> Tensor:
+    """x with numbers side by side along one dimension at least."""
+    return x if 1 in x.stride() else x.contiguous()
