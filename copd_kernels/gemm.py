@@ -1,8 +1,8 @@
 """GEMMs of 16-bit operands into fp32 on a CPU that has a unit for them, which torch offers on CUDA only.
 
-Products of bf16 numbers are exact in fp32, and so are those of fp16 numbers as two bf16 ones each: nothing is lost beside
-widened operands. fp32 operands (dlogits) are taken as two bf16 numbers, 16 bits, where the result is rounded to 16 bits or
-fewer anyway; as one where `torch.backends.mkldnn.matmul.fp32_precision` is "bf16".
+A product of two bf16 numbers is exact in fp32, and an fp16 number is the sum of two of bf16, so nothing is lost beside
+widened operands. Of an fp32 operand (dlogits) 16 bits are read, as two bf16 numbers: the gradient made of it is rounded
+to fewer. Where `torch.backends.mkldnn.matmul.fp32_precision` is "bf16", it is rounded to one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ def available() -> bool:
 
 
 def addmm(out: Tensor, a: Tensor, b: Tensor, alpha: float, accumulate: bool) -> None:
-    """out (M, N) fp32, its rows contiguous, = alpha * a @ b, or +=; operands fp32, fp16 or bf16."""
+    """out (M, N) fp32, its rows contiguous, = alpha * a @ b, or +=; operands fp32, fp16 or bf16.
+
+    Where b is fp16, an infinite number in a makes NaN.
+    """
     from . import _C
 
     a, b = dense(a), dense(b)

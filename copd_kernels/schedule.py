@@ -100,9 +100,9 @@ class Projection:
 
 
 def operand_dtype(hidden: Tensor, logits_dtype: torch.dtype) -> torch.dtype:
-    """cuBLAS and `gemm` multiply 16-bit operands into fp32; torch's CPU GEMMs would round, so for them they are widened."""
+    """cuBLAS and `gemm` multiply 16-bit operands into fp32; torch's CPU GEMMs round, so theirs are widened."""
     narrow = hidden.dtype in (torch.float16, torch.bfloat16) and logits_dtype == torch.float32
-    able = hidden.is_cuda or hidden.device.type == "cpu" and gemm.available()
+    able = hidden.is_cuda or (hidden.device.type == "cpu" and gemm.available())
     return hidden.dtype if narrow and able else logits_dtype
 
 

@@ -248,7 +248,9 @@ def test_sixteen_bit_dlogits_keep_the_gradient(backend, dtype, divergence, monke
     """CUDA hands the GEMM 16-bit dlogits; here the same path runs with the product widened."""
     monkeypatch.setattr(schedule, "addmm", widened_addmm)
     monkeypatch.setattr("copd_kernels.flatten.operand_dtype", lambda hidden, _: hidden.dtype)
-    monkeypatch.setattr("copd_kernels.schedule.dlogits_dtype", lambda operand, like: operand if operand != like.dtype else None)
+    monkeypatch.setattr(
+        "copd_kernels.schedule.dlogits_dtype", lambda operand, like: operand if operand != like.dtype else None
+    )
     student = make(64, 64, 1000, dtype)
     teacher = make(64, 64, 1000, dtype, like=student, noise=0.05)
     # Triton's interpreter stores bf16 by truncation; its compiled stores round
@@ -268,7 +270,9 @@ def test_sixteen_bit_dlogits_keep_the_gradient(backend, dtype, divergence, monke
 def test_a_word_masked_with_the_lowest_half_keeps_the_gradient(backend, monkeypatch):
     monkeypatch.setattr(schedule, "addmm", widened_addmm)
     monkeypatch.setattr("copd_kernels.flatten.operand_dtype", lambda hidden, _: hidden.dtype)
-    monkeypatch.setattr("copd_kernels.schedule.dlogits_dtype", lambda operand, like: operand if operand != like.dtype else None)
+    monkeypatch.setattr(
+        "copd_kernels.schedule.dlogits_dtype", lambda operand, like: operand if operand != like.dtype else None
+    )
     student, teacher = make(16, 16, 50, torch.float16, spread=1.0), make(16, 16, 50, torch.float16)
     mask = torch.zeros(50, dtype=torch.float16)
     mask[7] = torch.finfo(torch.float16).min
@@ -309,7 +313,9 @@ def test_heads_of_different_dtypes_teach_each_other_in_their_own(monkeypatch):
     want = mutual_kl(exact, backend="reference").loss
     monkeypatch.setattr(schedule, "addmm", widened_addmm)
     monkeypatch.setattr("copd_kernels.flatten.operand_dtype", lambda hidden, _: hidden.dtype)
-    monkeypatch.setattr("copd_kernels.schedule.dlogits_dtype", lambda operand, like: operand if operand != like.dtype else None)
+    monkeypatch.setattr(
+        "copd_kernels.schedule.dlogits_dtype", lambda operand, like: operand if operand != like.dtype else None
+    )
     got = mutual_kl(heads).loss
     for head, e in zip(heads, exact, strict=True):
         wanted = gradients(want, e)

@@ -345,7 +345,9 @@ def test_sixteen_bit_dlogits_keep_the_gradient(backend, dtype, beside, monkeypat
 
     monkeypatch.setattr("copd_kernels.schedule.addmm", widened)
     monkeypatch.setattr("copd_kernels.flatten.operand_dtype", lambda hidden, _: hidden.dtype)
-    monkeypatch.setattr("copd_kernels.schedule.dlogits_dtype", lambda operand, like: operand if operand != like.dtype else None)
+    monkeypatch.setattr(
+        "copd_kernels.schedule.dlogits_dtype", lambda operand, like: operand if operand != like.dtype else None
+    )
     student = make(32, 32, 300, dtype, softcap=8.0)
     teachers = [listed(make(32, 32, 300, dtype, like=student, noise=0.1), 16)]
     teachers += [make(32, 32, 300, dtype, like=student, noise=0.1)] if beside else []
