@@ -32,10 +32,10 @@ def addmm(out: Tensor, a: Tensor, b: Tensor, alpha: float, accumulate: bool) -> 
 
     Where b is fp16, an infinite number in a makes NaN.
     """
-    from . import _C
+    from . import _C  # type: ignore[attr-defined]  # compiled
 
     a, b = dense(a), dense(b)
-    parts = 1 if torch.backends.mkldnn.matmul.fp32_precision == "bf16" else 2
+    precision = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]  # torch adds it at import
     _C.gemm(
         *out.shape,
         a.shape[1],
@@ -49,7 +49,7 @@ def addmm(out: Tensor, a: Tensor, b: Tensor, alpha: float, accumulate: bool) -> 
         out.stride(0),
         alpha,
         accumulate,
-        parts,
+        1 if precision == "bf16" else 2,
         torch.get_num_threads(),
     )
 
