@@ -6,6 +6,7 @@ the CPU part with -fsanitize=address,undefined. Without a C++ compiler the packa
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -42,13 +43,18 @@ def find_nvcc() -> str | None:
     return (home and shutil.which("nvcc", path=f"{home}/bin")) or shutil.which("nvcc")
 
 
+def takes(cxx: str, options: str) -> bool:
+    command = [*shlex.split(cxx), *options.split(), "-fsyntax-only", "-x", "c++", os.devnull]
+    return not subprocess.run(command, capture_output=True).returncode
+
+
 def ninja_file(cxx: str, nvcc: str | None, output: Path) -> str:
     import pybind11
 
     sanitize = "-g -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined"
     sanitize = sanitize if os.environ.get("COPD_SANITIZE") == "1" else ""
     options = f"-I{pybind11.get_include()} -I{sysconfig.get_paths()['include']}"
-    amx = len(ISAS) > 1 and sys.platform == "linux"
+    amx = len(ISAS) > 1 and sys.platform == "linux" and takes(cxx, AMX)
     options += " -DCOPD_X86" * (len(ISAS) > 1) + " -DCOPD_AMX" * amx + " -DCOPD_CUDA" * bool(nvcc)
     objects = {"bindings.o": ("cxx", "bindings.cpp", options)}
     objects |= {f"rows_{isa}.o": ("cxx", "rows_cpu.cpp", f"-DCOPD_ISA={isa} {march}") for isa, march in ISAS.items()}

@@ -243,8 +243,9 @@ bool available() {
 }
 
 void gemm(const GemmArguments& args, int threads) {
-    const auto& [M, N, K, a, b, out, stride, alpha, accumulate, parts] = args;
-    const int a_parts = parts_of(a.type, parts), b_parts = parts_of(b.type, parts);
+    const int64_t M = args.M, N = args.N, K = args.K, stride = args.out_stride;
+    const Operand a = args.a, b = args.b;
+    const int a_parts = parts_of(a.type, args.parts), b_parts = parts_of(b.type, args.parts);
     const int64_t block_m = std::min(BLOCK_M, up(M, PIECE)), block_n = std::min(BLOCK_N, up(N, PIECE));
     const int64_t block_k = std::clamp<int64_t>(up(K, DEPTH), DEPTH, BLOCK_K);
     const int64_t a_apart = block_m * block_k, b_apart = block_n * block_k;
@@ -281,11 +282,11 @@ void gemm(const GemmArguments& args, int threads) {
 #pragma omp for schedule(static)
                     for (int64_t piece = 0; piece < down * across; ++piece) {
                         const int64_t m = piece / across * PIECE, n = piece % across * PIECE;
-                        float* to = out + (m0 + m) * stride + n0 + n;
+                        float* to = args.out + (m0 + m) * stride + n0 + n;
                         multiply({packed_a + m / ROWS * strip, strip, a_apart, a_parts},
                                  {packed_b + n / ROWS * strip, strip, b_apart, b_parts}, strip / TILE, to, stride);
                         const int64_t rows = std::min(PIECE, m1 - m0 - m), columns = std::min(PIECE, n1 - n0 - n);
-                        finish(to, stride, rows, columns, alpha, accumulate || k0);
+                        finish(to, stride, rows, columns, args.alpha, args.accumulate || k0);
                     }
                 }
         _tile_release();

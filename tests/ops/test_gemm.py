@@ -147,4 +147,4 @@ def test_losses_and_gradients_are_as_good_as_those_of_widened_operands(dtype, op
     assert value.dtype == accumulator(dtype)
     assert abs(value - exact) <= 2 * abs(other - exact) + 1e-5 * abs(exact)
     for name, g in got.items():
-        assert relative(g, want[name]) <= 1.05 * relative(widened[name], want[name])
+        assert relative(g, want[name]) <= 1.2 * relative(widened[name], want[name])
