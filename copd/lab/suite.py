@@ -257,10 +257,12 @@ class Suite:
         ]
 
     def findings(self) -> dict[str, list[str]]:
-        """What is ahead in every seed, in none, or in some, and by how much."""
+        """What is ahead in every seed, in none, or in some, and by how much; of arms that most seeds have."""
         found: dict[str, list[str]] = {"ahead in every seed": [], "in none": [], "in some": []}
         for c in self.comparisons():
             seeds = len(c.first)
+            if self.main is not None and 2 * seeds <= len(self.main.runs):
+                continue
             kind = {seeds: "ahead in every seed", 0: "in none"}.get(c.ahead, "in some")
             how = f"{c.ahead} of {seeds}" if kind == "in some" else f"{seeds} seed{'s' if seeds > 1 else ''}"
             # the headline has been named before

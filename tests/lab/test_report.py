@@ -148,6 +148,7 @@ def test_arms_of_one_method_stand_side_by_side(tmp_path):
     runs += [make(method, seed) for method in ("mixed", "mopd") for seed in (0, 1)]
     runs += [make("copd", seed, arm="paper", merged=worse) for seed in (0, 1)]
     runs += [make("mopd", seed, arm="mopd-sampled", merged=worse) for seed in (0, 1)]
+    runs.append(make("mixed", 0, arm="mixed-turns"))
     for run in runs:
         if run.get("arm"):
             run["config"]["opd"] = {"signal": "sampled"}
@@ -166,6 +167,9 @@ def test_arms_of_one_method_stand_side_by_side(tmp_path):
     )
     assert "; over CoPD, paper (merged) +30.0 ± 0.0 (2 seeds); " in text
     assert "  In none: CoPD branches over experts, each at home +0.0 ± 0.0." in text
+    # what few seeds have is in the table alone
+    assert text.count("Mixed RLVR, turns, 36 steps") == 3
+    assert text.count("over Mixed RLVR, turns") == 1
     line = (tmp_path / "figures" / "cost.svg").read_text()
     assert all(f">{label}<" in line for label in ("CoPD", "CoPD, paper", "Experts", "MOPD, sampled", "Mixed RLVR"))
 
@@ -397,7 +401,7 @@ def test_a_file_that_is_no_result_is_named(tmp_path, text, message):
 def test_readme_and_results_are_what_the_committed_runs_say(tmp_path):
     root = Path(__file__).parents[2]
     (tmp_path / "README.md").write_text((root / "README.md").read_text())
-    committed = root / "results" / "conflict-k3"
+    committed = root / "results"
     report.write(committed, tmp_path / "out", tmp_path / "README.md")
     assert (tmp_path / "README.md").read_text() == (root / "README.md").read_text()
     for name in ("results.json", "results.md"):
