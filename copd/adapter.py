@@ -134,22 +134,17 @@ class Adapter:
         wrapped = ((n, m) for n, m in self.model.named_modules() if isinstance(m, ModulesToSaveWrapper))
         return {name: module for name, module in wrapped if self.key in module.modules_to_save}
 
-    def _named(self) -> dict[str, Parameter]:
+    def state(self) -> dict[str, Tensor]:
         part = f".{self.key}"
         named = self.model.named_parameters()
         return {name.replace(part, ""): p for name, p in named if f"{part}." in f"{name}."}
 
     def parameters(self) -> list[Parameter]:
         # by name: `requires_grad` is on inside of `active` only
-        return list(self._named().values()) if self.trained else []
+        return [cast(Parameter, p) for p in self.state().values()] if self.trained else []
 
     def run(self, work: Callable[[], tuple[Tensor, T]], media: bool = False) -> tuple[Tensor, T]:
         return work()
-
-    def gathered(self, moments: dict[str, Any]) -> dict[str, Any]:
-        return moments
-
-    split = gathered
 
     @contextmanager
     def active(self, learns: bool = False) -> Iterator[None]:
@@ -175,18 +170,13 @@ class Adapter:
         delete_adapter(self.model, self.key, "lora_")
         del self.model.peft_config[self.key]
 
-    def state(self) -> dict[str, Tensor]:
-        return {name: parameter.detach() for name, parameter in self._named().items()}
-
     @torch.no_grad()
     def load_state(self, state: dict[str, Tensor]) -> None:
-        for name, parameter in self._named().items():
+        for name, parameter in self.state().items():
             parameter.copy_(state[name])
 
-    def save(self, folder: Path | None) -> None:
+    def save(self, folder: Path) -> None:
         """A folder that `peft` loads, in the format that vLLM reads; its metadata tell its base from others."""
-        if folder is None:
-            return
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         # but for the flag peft would ask a server whether the vocabulary is the base's

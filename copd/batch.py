@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from copd.distill import Lesson
-from copd.ranks import Peers
+from copd.peers import Peers
 from copd.rlvr import advantages, deviation
 from copd.rollout import Rollout, seed_of
 from copd.settings import RLVRConfig

@@ -1,7 +1,7 @@
 """A branch: one policy with its own data and optimiser.
 
-Everything the loop asks of a model is one of four verbs here: `rollout` samples, `score` judges another branch's
-rollout, `learn` makes the optimiser step, `state` saves. Placing a branch elsewhere means moving these four.
+Everything the loop asks of a model is one of three verbs here: `rollout` samples, `score` judges another branch's
+rollout, `learn` makes the optimiser step. `copd.state` saves it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from copd.engine import Engine, Transformers
 from copd.loss import Parts, loss_of, mismatch
 from copd.model import hidden_states
 from copd.overlap import overlaps
-from copd.ranks import Peers
+from copd.peers import Peers
 from copd.rlvr import advantages, token_weights
 from copd.rollout import Rollout, rewards, seed_of, special_tokens
 from copd.task import Prompt, Task
@@ -63,13 +63,15 @@ class Branch:
         if self.peers.mesh is not None:
             from copd.sharded import Sharded  # FSDP2, which it imports, takes a second
 
-            weights = Sharded(model, self.peers.mesh, getattr(torch, cfg.model.dtype))
+            weights = Sharded(model, self.peers, getattr(torch, cfg.model.dtype))
         self.weights: Weights = weights
         self.parameters = weights.parameters()
         exact = cfg.model.dtype == "float32" or self.peers.size > 1  # where FSDP2 rounds for each pass
         # fp32 weights of the optimiser; the model computes with their rounding when it is bf16
         self.master = [p if exact else p.detach().to(torch.float32, copy=True) for p in self.parameters]
         self.rounded = [(p, m) for p, m in zip(self.parameters, self.master, strict=True) if p is not m]
+        masters = dict(zip(map(id, self.parameters), self.master, strict=True))
+        self.trained = {name: masters[id(p)] for name, p in weights.state().items() if id(p) in masters}
         if not exact:
             model.to(getattr(torch, cfg.model.dtype))
         self.optimizer = adamw(self.master, cfg.optim)
@@ -231,7 +233,7 @@ class Branch:
                 self.updates += 1
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-                self._publish()
+                self.publish()
         metrics |= {name: value / updates for name, value in totals.items()} | mismatch(batches, self.cfg, self.peers)
         for name in ("kl", "overlap"):
             if values := [value for key, value in metrics.items() if key.startswith(f"{name}/")]:
@@ -279,8 +281,8 @@ class Branch:
                 master.grad = gradient if master.grad is None else master.grad + gradient
                 parameter.grad = None
 
-    def _publish(self) -> None:
-        """Rounds the master weights into the model."""
+    def publish(self) -> None:
+        """Rounds the fp32 weights into the model."""
         for parameter, master in self.rounded:
             parameter.data.copy_(master)
 
@@ -293,23 +295,6 @@ class Branch:
         if self.frozen is not None:
             self.frozen.remove()
         self.frozen = None
-
-    def state(self) -> dict[str, Any]:
-        """All there is to save, whole and the same on every rank of the branch."""
-        return {
-            "weights": self.weights.state(),
-            "master": [m for _, m in self.rounded],
-            "optimizer": self.weights.gathered(self.optimizer.state_dict()),
-            "frozen": self.frozen and self.frozen.state(),
-        }
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        self.weights.load_state(state["weights"])
-        for (_, master), saved in zip(self.rounded, state["master"], strict=True):
-            master.data.copy_(saved)
-        self.optimizer.load_state_dict(self.weights.split(state["optimizer"]))
-        if state["frozen"] is not None:
-            self.freeze().load_state(state["frozen"])
 
     @contextmanager
     def active(self, weights: Weights | None = None, learns: bool = False) -> Iterator[None]:

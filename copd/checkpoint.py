@@ -1,8 +1,7 @@
-"""Resumable checkpoints: `checkpoint-<step>/` with a file for every branch and the config that made it.
+"""Resumable checkpoints: `checkpoint-<step>/` with a folder for every branch (`copd.state`) and the run's config.
 
-Which rank wrote a branch is not in it: a run goes on from it on as many ranks as there are now.
-
-Weights, master weights and optimiser are all there is to save: data order and sampling are functions of (seed, step).
+A run goes on from it on as many ranks as there are now. Weights and optimiser are all there is to save: data order and
+sampling are functions of (seed, step).
 """
 
 from __future__ import annotations
@@ -10,15 +9,16 @@ from __future__ import annotations
 import logging
 import re
 import zipfile
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from copd import files, tables
+from copd import files, state, tables
 from copd.coevolve import Plan
 from copd.config import Config
+from copd.peers import Peers
 from copd.schema import dump
 from copd.settings import DataConfig
 
@@ -37,7 +37,15 @@ PLACE = {
     "warmstart.cache_dir",
 }
 # ... what is kept and measured of it, how long it goes on, ...
-KEPT = {"checkpoint_every", "keep_checkpoints", "checkpoint_required", "eval", "merge", "opd.overlap_tokens"}
+KEPT = {
+    "checkpoint_every",
+    "checkpoint_async",
+    "keep_checkpoints",
+    "checkpoint_required",
+    "eval",
+    "merge",
+    "opd.overlap_tokens",
+}
 LENGTH = {"cycles", "mixed_steps", "mixed_rollouts", "mopd_steps", "consolidate.steps"}
 # ... and what makes room: the sums are the same but for rounding, the samples come from the same distribution
 ROOM = {
@@ -87,22 +95,49 @@ def same(saved: dict[str, Any], cfg: Config, where: str) -> None:
         raise ValueError(f"resume: config must be the one of {where}; got {got}; choose another name, or resume=false")
 
 
-def save(directory: Path, step: int, plan: Plan, cfg: Config) -> Path:
+@dataclass(frozen=True)
+class Moment:
+    """What a checkpoint keeps of a run, after `step` steps."""
+
+    step: int
+    phases: list[str]
+    branches: dict[str, state.Parts]
+    """those that live here"""
+    everyone: Peers
+    peers: Peers
+    """who writes it, and who writes a branch of it"""
+
+
+def take(plan: Plan, step: int, copy: bool = False) -> Moment:
+    """The moment as it is, or a copy of it in host memory, to be written while training goes on."""
+    branches = {branch.name: state.parts(branch) for branch in plan.models(step)}
+    if copy:
+        branches = {name: state.copied(found) for name, found in branches.items()}
+    return Moment(step, plan.phases[:step], branches, *plan.place.aside)
+
+
+def write(directory: Path, moment: Moment, cfg: Config) -> Path:
     """Writes `checkpoint-<step>` whole or not at all, and removes the oldest beyond `cfg.keep_checkpoints`."""
-    target, place = directory / f"checkpoint-{step}", plan.place
-    with place.folder(target) as scratch:
-        # the ranks of a branch make them together, before anything can fail on one
-        states = {branch.name: branch.state() for branch in plan.models(step)}
-        if place.column == 0:
-            for name, state in states.items():
-                torch.save(state, scratch / f"branch-{name}.pt")
-        if place.first:
-            state = {"step": step, "identity": identity(cfg), "phases": plan.phases[:step]}
-            torch.save(state, scratch / "state.pt")
+    target, everyone = directory / f"checkpoint-{moment.step}", moment.everyone
+    with everyone.folder(target) as scratch:
+
+        def branches() -> dict[str, int]:
+            written = (state.write(scratch / folder(name), x, moment.peers) for name, x in moment.branches.items())
+            return {file: digest for found in written for file, digest in found.items()}
+
+        mine = everyone.together(branches)
+        digests = {file: digest for found in everyone.all(mine) for file, digest in found.items()}
+        if everyone.first:
+            known = {"step": moment.step, "identity": identity(cfg), "phases": moment.phases, "digests": digests}
+            torch.save(known, scratch / "state.pt")
             (scratch / "config.yaml").write_text(dump(cfg))
-    if place.first:
+    if everyone.first:
         prune(directory, cfg.keep_checkpoints, target)
     return target
+
+
+def folder(name: str) -> str:
+    return f"branch-{name}"
 
 
 def prune(directory: Path, keep: int, newest: Path) -> None:
@@ -143,7 +178,9 @@ def load(path: Path, plan: Plan, cfg: Config) -> int:
     Raises `ValueError` for a checkpoint of another config, `OSError` or `RuntimeError` for one that is damaged.
     """
 
-    def everything() -> tuple[dict[str, Any], dict[str, Any]]:
+    place = plan.place
+
+    def readable() -> int:
         saved = read(path / "state.pt")
         same(saved["identity"], cfg, f"{path} (see its config.yaml)")
         step = int(saved["step"])
@@ -152,14 +189,21 @@ def load(path: Path, plan: Plan, cfg: Config) -> int:
         taken = min(step, len(plan.phases))
         if plan.phases[:taken] != saved["phases"][:taken]:
             raise ValueError(f"resume: cycles must leave the {step} steps of {path} what they were; got other phases")
-        mine = filter(plan.place.holds, plan.names(step))
-        return saved, {name: read(path / f"branch-{name}.pt") for name in mine}
+        if "digests" not in saved:
+            raise OSError("it is of an older version")
+        for name in filter(place.holds, plan.names(step)):
+            state.check(path / folder(name), saved["digests"], place.peers)
+        return step
 
-    saved, states = plan.place.together(everything)
-    step = int(saved["step"])
-    for branch in plan.models(step):
-        branch.load_state(states[branch.name])
-    return step
+    step = place.together(readable)
+    models = plan.models(step)
+
+    def restored() -> int:
+        for branch in models:
+            state.read(path / folder(branch.name), branch)
+        return step
+
+    return place.together(restored)
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -171,5 +215,5 @@ def read(file: Path) -> dict[str, Any]:
         raise OSError(f"{file} is cut off or no checkpoint: {error}") from error
     if damaged:
         raise OSError(f"{file} is damaged at {damaged}")
-    state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-    return state
+    found: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    return found

@@ -94,14 +94,14 @@ def make_plan(
     tasks: Mapping[str, Task],
     branch: Callable[..., Branch],
     expert: Callable[[str], PreTrainedModel | Weights],
-    merged: Callable[[], PreTrainedModel | Weights | None],
+    merged: Callable[[str, bool], Branch | None],
     overlap: Callable[[], float],
     place: Place | None = None,
 ) -> Plan:
     """The plan of `cfg.method`.
 
-    `branch(name, tasks, model=base)` makes a branch, `expert(name)` a frozen teacher, `merged()` the branches' merge
-    where it lives; `overlap()` measures how close they are.
+    `branch(name, tasks, model=base)` makes a branch, `expert(name)` a frozen teacher, `merged(name, learns)` the
+    branches' merge where it lives; `overlap()` measures how close they are.
     """
     place, everything = place or Place.of(cfg), list(tasks.values())
     where: dict[str, Any] = {"tasks": tasks, "place": place}
@@ -119,25 +119,16 @@ def make_plan(
     learners = [branch(name, [task]) for name, task in tasks.items() if place.holds(name)]
     after = ["consolidate"] * cfg.consolidate.steps
 
-    def merge(name: str, learns: bool) -> Branch | None:
-        model = merged()
-        if model is None:
-            return None
-        if learns:
-            assert isinstance(model, PreTrainedModel)  # the config refuses a merge into an adapter
-            model.requires_grad_(True)
-        return branch(name, everything, model)
-
     if cfg.method == "expert":
         return Plan(learners, ["rl"] * cfg.steps, **where)
     if cfg.method == "independent":
-        return Plan(learners, ["rl"] * cfg.steps + after, merge=merge, **where)
+        return Plan(learners, ["rl"] * cfg.steps + after, merge=merged, **where)
     plan = Plan(
         learners,
         schedule.fixed(cfg.cycles, cfg.rl_steps, cfg.opd_steps) + after,
         topology.teachers(cfg),
         native=cfg.opd.native,
-        merge=merge,
+        merge=merged,
         **where,
     )
     if cfg.schedule == "overlap":

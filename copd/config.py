@@ -87,6 +87,8 @@ class Config:
     """a branch's weights and optimiser leave the device while another works"""
     checkpoint_every: int = 0
     """steps between resumable checkpoints, beside that of the last step and of one before a failure; 0 for none"""
+    checkpoint_async: bool = True
+    """training goes on while a checkpoint is written, from a copy of it in host memory"""
     keep_checkpoints: int = 2
     """older checkpoints are removed"""
     checkpoint_required: bool = True

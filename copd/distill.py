@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from copd.config import Config
-from copd.ranks import Peers
+from copd.peers import Peers
 from copd.rollout import Rollout
 from copd.settings import OPDConfig
 from copd_kernels import Head, TopK, kl, topk

@@ -8,7 +8,7 @@ from torch import Tensor
 from copd.batch import Batch
 from copd.config import Config
 from copd.distill import delta
-from copd.ranks import Peers
+from copd.peers import Peers
 from copd.rlvr import policy_loss
 from copd_kernels import Head, logprob
 

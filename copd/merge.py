@@ -15,6 +15,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from copd.settings import MergeConfig
 
@@ -36,7 +37,7 @@ def merge(base: State, branches: dict[str, State], cfg: MergeConfig) -> State:
                 raise ValueError(f"merge: {key} of {name!r} must have shape {shapes[0]}; got {shapes[1]}")
     weights = branch_weights(branches, cfg)
     return {
-        key: _merge(start, [state[key] for state in branches.values()], weights, cfg)
+        key: merge_tensor(start, [state[key] for state in branches.values()], weights, cfg)
         if start.is_floating_point()
         else start
         for key, start in base.items()
@@ -55,7 +56,8 @@ def branch_weights(branches: Iterable[str], cfg: MergeConfig) -> Tensor:
     return weights
 
 
-def _merge(base: Tensor, branches: list[Tensor], weights: Tensor, cfg: MergeConfig) -> Tensor:
+def merge_tensor(base: Tensor, branches: list[Tensor], weights: Tensor, cfg: MergeConfig) -> Tensor:
+    """One of the parameters, or for all methods but `ties`, whose threshold is of it all, any part of one."""
     start = base.float()
     stack = torch.stack([branch.to(base.device).float() for branch in branches])  # (K, ...)
     if cfg.method in ("mean", "weighted"):
@@ -63,14 +65,44 @@ def _merge(base: Tensor, branches: list[Tensor], weights: Tensor, cfg: MergeConf
     return (start + combine(stack - start, weights, cfg)).to(base.dtype)
 
 
+@torch.no_grad()
+def merge_into(target: Tensor, base: Tensor, branches: list[Tensor], weights: Tensor, cfg: MergeConfig) -> None:
+    """Puts the merge of one parameter into `target`; where ranks split that, `branches` are their shards."""
+    if not isinstance(target, DTensor):
+        target.copy_(merge_tensor(base, branches, weights, cfg))
+        return
+    device, mesh, placements = target.device, target.device_mesh, target.placements
+
+    def part(whole: Tensor) -> Tensor:
+        return distribute_tensor(whole.to(device), mesh, placements, src_data_rank=None).to_local()
+
+    if cfg.method == "ties":
+        split = [
+            DTensor.from_local(
+                shard.to(device), mesh, placements, run_check=False, shape=target.shape, stride=target.stride()
+            )
+            for shard in branches
+        ]
+        merged = part(merge_tensor(base.to(device), [shards.full_tensor() for shards in split], weights, cfg))
+    else:
+        merged = merge_tensor(part(base), branches, weights, cfg)
+    target.to_local().copy_(merged)
+
+
 def combine(vectors: Tensor, weights: Tensor, cfg: MergeConfig) -> Tensor:
     """What `cfg.method` makes of K task vectors (K, ...) fp32. The two means are the same of the weights themselves."""
     if cfg.method == "mean":
-        return vectors.mean(0)
+        return _sum(vectors) / len(vectors)
     weighted = weights.to(vectors.device).view(-1, *[1] * (vectors.dim() - 1)) * vectors
     if cfg.method == "weighted":
-        return weighted.sum(0)
-    return cfg.scale * (weighted.sum(0) if cfg.method == "task_arithmetic" else _ties(weighted, cfg.density))
+        return _sum(weighted)
+    return cfg.scale * (_sum(weighted) if cfg.method == "task_arithmetic" else _ties(weighted, cfg.density))
+
+
+def _sum(vectors: Tensor) -> Tensor:
+    """In the order of the branches, so that a part of a tensor is summed as the whole is."""
+    first, *others = vectors
+    return sum(others, first)
 
 
 def _ties(vectors: Tensor, density: float) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from copd.batch import Batch
 from copd.config import Config
 from copd.distill import Lesson
-from copd.ranks import Peers
+from copd.peers import Peers
 from copd_kernels import Head, logprob, topk
 
 

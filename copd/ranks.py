@@ -15,11 +15,10 @@ from __future__ import annotations
 import io
 import os
 import pickle
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import cached_property
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -27,13 +26,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from copd import files
 from copd.config import Config
+from copd.peers import Peers
 from copd.task import Prompt
 from copd.topology import teachers
 
 T = TypeVar("T")
-Key = TypeVar("Key", bound=Hashable)
 Edge = TypeVar("Edge", bound=tuple[Any, ...])
 KEEPERS = ("merged", "consolidated")
 
@@ -64,31 +62,7 @@ def device_of(cfg: Config) -> torch.device:
     return torch.device(kind)
 
 
-class Peers:
-    """The ranks of one branch, of which this is number `index`."""
-
-    def __init__(self, size: int = 1, index: int = 0, mesh: DeviceMesh | None = None) -> None:
-        self.size, self.index, self.mesh = size, index, mesh
-
-    def share(self, count: int) -> slice:
-        """Which of `count` prompts are this rank's: as many as the others', or one more."""
-        return slice(*(count * i // self.size for i in (self.index, self.index + 1)))
-
-    def all(self, value: T) -> list[T]:
-        """Everybody's, in order."""
-        if self.mesh is None:
-            return [value]
-        values = [value] * self.size
-        dist.all_gather_object(values, value, group=self.mesh.get_group())
-        return values
-
-    def rounds(self, mine: list[bool]) -> list[bool]:
-        """Whether anybody's is true, round by round; who has fewer rounds than others repeats the last."""
-        lists = self.all(mine)
-        return [any(own[min(i, len(own) - 1)] for own in lists) for i in range(max(map(len, lists)))]
-
-
-class Place:
+class Place(Peers):
     """The ranks of a run, and the branches that live on them.
 
     Args:
@@ -99,34 +73,43 @@ class Place:
     """
 
     def __init__(self, names: Sequence[str], timeout: float = 7200.0) -> None:
-        self.timeout, several = timeout, dist.is_initialized()
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
-        self.rows = min(self.world, len(names))
-        if self.world % self.rows:
+        super().__init__(*((dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else ()))
+        self.limit, self.rows = timedelta(seconds=timeout), min(self.size, len(names))
+        if self.size % self.rows:
             rule = f"ranks: processes must be at most {len(names)} or a multiple, one or more for each of"
-            raise ValueError(f"{rule} {', '.join(names)}; got {self.world}")
-        self.row, self.column = divmod(self.rank, self.world // self.rows)
+            raise ValueError(f"{rule} {', '.join(names)}; got {self.size}")
+        self.each_has = self.size // self.rows
+        self.row, self.column = divmod(self.index, self.each_has)
         self.owner = {name: k % self.rows for k, name in enumerate(names)}
 
     @cached_property
     def peers(self) -> Peers:
-        """All ranks ask at the same time, first for their first branch."""
-        size = self.world // self.rows
-        if size == 1:
+        """The ranks of a branch that this is one of. All ranks ask at the same time, first for their first branch."""
+        if self.each_has == 1:
             return Peers()
-        rows = [list(range(row * size, (row + 1) * size)) for row in range(self.rows)]
-        group, _ = dist.new_subgroups_by_enumeration(rows, timeout=timedelta(seconds=self.timeout))
-        kind = "cuda" if "nccl" in dist.get_backend_config() else "cpu"
-        return Peers(size, self.column, DeviceMesh.from_group(group, kind, mesh_dim_names=("dp",)))
+        group, kind = self._row(), "cuda" if "nccl" in dist.get_backend_config() else "cpu"
+        return Peers(self.each_has, self.column, group, DeviceMesh.from_group(group, kind, mesh_dim_names=("dp",)))
+
+    @cached_property
+    def aside(self) -> tuple[Peers, Peers]:
+        """All ranks, and those of a branch, for what goes on beside the loop and must not get in its words' way."""
+        if self.size == 1:
+            return Peers(), Peers()
+        everyone = Peers(self.size, self.index, dist.new_group(timeout=self.limit, backend="gloo"))
+        return everyone, Peers(self.each_has, self.column, self._row(backend="gloo"))
+
+    def _row(self, **options: Any) -> Any:
+        rows = [list(range(row * self.each_has, (row + 1) * self.each_has)) for row in range(self.rows)]
+        return dist.new_subgroups_by_enumeration(rows, timeout=self.limit, **options)[0]
 
     @classmethod
     def of(cls, cfg: Config) -> Place:
         names = {"mixed": ["mixed"], "mopd": ["student"]}.get(cfg.method, list(cfg.branches))
         place = cls(names, cfg.timeout)
-        if place.world > 1 and cfg.rollout.engine != "transformers":
+        if place.size > 1 and cfg.rollout.engine != "transformers":
             rule = "ranks: rollout.engine must be transformers with several processes"
             raise ValueError(f"{rule}; got {cfg.rollout.engine}")
-        if (size := place.world // place.rows) > 1:
+        if (size := place.each_has) > 1:
             where = f"with {size} ranks a branch"
             for name, value in (("offload", cfg.offload), ("model.adapter", cfg.model.adapter)):
                 if value:
@@ -138,11 +121,6 @@ class Place:
                 raise ValueError(f"ranks: a batch must have a prompt for each rank {where}; got {least}")
         return place
 
-    @property
-    def first(self) -> bool:
-        """Whether this is the rank that writes what is written once."""
-        return self.rank == 0
-
     def keeper(self, name: str) -> int:
         """The row of a model. What is made of all branches lives with the last one, what is given with the first."""
         return self.owner.get(name, self.rows - 1 if name in KEEPERS else 0)
@@ -152,84 +130,15 @@ class Place:
 
     def partner(self, name: str) -> int:
         """The rank that speaks with this one for a model."""
-        return self.keeper(name) * (self.world // self.rows) + self.column
-
-    # what all ranks do together; a rank that is asked for it alone waits until `timeout`
-
-    def together(self, work: Callable[[], T]) -> T:
-        """`work()` on every rank; what it raises on one it raises on all."""
-        if self.world == 1:
-            return work()
-        result: T | None = None
-        error: Exception | None = None
-        try:
-            result = work()
-        except Exception as raised:
-            error = raised
-        errors: list[Any] = [None] * self.world
-        dist.all_gather_object(errors, _portable(error))
-        if error := error or next(filter(None, errors), None):
-            raise error
-        return result  # type: ignore[return-value]  # it has been assigned
-
-    def told(self, work: Callable[[], T]) -> T:
-        """`work()` on the first rank; everywhere what it returned, or raised, there."""
-        if self.world == 1:
-            return work()
-        said = [self.together(lambda: work() if self.first else None)]
-        dist.broadcast_object_list(said)
-        return said[0]  # type: ignore[return-value]  # it is the first rank's
-
-    def ahead(self, work: Callable[[], T]) -> T:
-        """`work()` on the first rank, and then on the others, which find the files that it left."""
-        if self.world == 1:
-            return work()
-        early = self.together(lambda: work() if self.first else None)
-        late = self.together(lambda: None if self.first else work())
-        return early if self.first else late  # type: ignore[return-value]  # one of them is it
-
-    def any(self, flag: bool) -> bool:
-        return any(self.union({self.rank: flag}, range(self.world)).values())
-
-    def union(self, found: Mapping[Key, T], order: Iterable[Key]) -> dict[Key, T]:
-        """What all ranks found, in this order."""
-        parts: list[Mapping[Key, T]] = [found]
-        if self.world > 1:
-            parts = [{}] * self.world
-            dist.all_gather_object(parts, dict(found))
-        whole = {key: value for part in parts for key, value in part.items()}
-        return {key: whole[key] for key in order if key in whole}
+        return self.keeper(name) * self.each_has + self.column
 
     def each(self, items: Sequence[Edge], work: Callable[[Edge], T]) -> Iterator[tuple[Edge, T]]:
         """Each item, which begins with a model's name, and what `work` makes of it where that model lives."""
-        if self.world == 1:
+        if self.size == 1:
             yield from ((item, work(item)) for item in items)
             return
         found = self.together(lambda: {item: work(item) for item in items if self.holds(item[0])})
         yield from self.union(found, items).items()
-
-    @contextmanager
-    def folder(self, path: Path) -> Iterator[Path]:
-        """`files.whole` of a folder in which every rank writes."""
-
-        def begin() -> Path:
-            scratch = stack.enter_context(files.whole(path))
-            scratch.mkdir()
-            return scratch
-
-        with ExitStack() as stack:
-            scratch, failed = self.told(begin), None
-            try:
-                yield scratch
-            except Exception as error:
-                failed = error
-
-            def end() -> None:
-                if failed is not None:
-                    raise failed
-
-            self.together(end)
-            self.together(stack.close)
 
     # what one rank tells another
 
@@ -245,30 +154,30 @@ class Place:
         All ranks give the same edges in the same order. They ask, then answer side by side, then listen. Messages of a
         pair of ranks arrive as they were sent, and no rank waits before it has said what others wait for.
         """
-        if self.world == 1:
+        if self.size == 1:
             yield from ((edge, answer(edge, ask(edge))) for edge in edges)
             return
         sent: list[Any] = []
         kept: dict[Edge, Any] = {}
 
         def say(edge: Edge, what: Any, rank: int) -> None:
-            if rank == self.rank:
+            if rank == self.index:
                 kept[edge] = what
             else:
                 sent.extend(send(what, rank))
 
         def hear(edge: Edge, rank: int) -> Any:
-            return kept.pop(edge) if rank == self.rank else receive(rank, device)
+            return kept.pop(edge) if rank == self.index else receive(rank, device)
 
         ends = [(edge, self.partner(edge[0]), self.partner(edge[1])) for edge in edges]
         for edge, student, teacher in ends:
-            if student == self.rank:
+            if student == self.index:
                 say(edge, ask(edge), teacher)
         for edge, student, teacher in ends:
-            if teacher == self.rank:
+            if teacher == self.index:
                 say(edge, answer(edge, hear(edge, student)), student)
         for edge, student, teacher in ends:
-            if student == self.rank:
+            if student == self.index:
                 yield edge, hear(edge, teacher)
         for work, _ in sent:
             work.wait()
@@ -278,20 +187,12 @@ class Place:
         target, brought = self.partner(to), dict(found)
         for name in names:
             source = self.partner(name)
-            if self.rank == source != target:
+            if self.index == source != target:
                 for work, _ in send(found[name], target):
                     work.wait()
-            elif self.rank == target != source:
+            elif self.index == target != source:
                 brought[name] = receive(source, torch.device("cpu"))
-        return {name: brought[name] for name in names} if self.rank == target else None
-
-
-def _portable(error: Exception | None) -> Exception | None:
-    """One that can be pickled and raised again."""
-    try:
-        return pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(str(error))
+        return {name: brought[name] for name in names} if self.index == target else None
 
 
 class _Pickler(pickle.Pickler):

@@ -22,16 +22,14 @@ from copd_kernels.rows import resolve
 
 
 def save(directory: Path, models: Iterable[Branch]) -> None:
-    """Every model but the base, with its processor, once of those that several ranks share."""
+    """Every model but the base, with its processor."""
     for branch in models:
         if branch.name != "base":
             folder = directory / (branch.name if branch.name in KEEPERS else f"branch-{branch.name}")
-            if branch.peers.index:
-                branch.weights.save(None)
-                continue
-            with files.whole(folder) as scratch:
+            with branch.peers.folder(folder) as scratch:
                 branch.weights.save(scratch)
-                branch.processor.save_pretrained(scratch)
+                if branch.peers.first:
+                    branch.processor.save_pretrained(scratch)
 
 
 def write(

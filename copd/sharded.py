@@ -7,6 +7,7 @@ the whole model in the dtype it computes in, so that ranks sample and score at t
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,26 +15,26 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
-from copd.weights import Whole, vision_of
+from copd import export
+from copd.peers import Peers
+from copd.weights import Whole, shard, vision_of
 
 T = TypeVar("T")
 
 
 class Sharded(Whole):
-    def __init__(self, model: PreTrainedModel, mesh: DeviceMesh, dtype: torch.dtype) -> None:
+    def __init__(self, model: PreTrainedModel, peers: Peers, dtype: torch.dtype) -> None:
         super().__init__(model)
+        self.peers, self.dtype = peers, dtype
         names = set(model._no_split_modules or ())
         blocks = [module for module in model.get_decoder().modules() if type(module).__name__ in names]
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
         self.units: list[FSDPModule] = []
-        self.writes = mesh.get_local_rank() == 0
         for module in (*blocks, model):
-            unit = fully_shard(module, mesh=mesh, mp_policy=policy)
+            unit = fully_shard(module, mesh=peers.mesh, mp_policy=policy)
             unit.set_gradient_divide_factor(1.0)  # a loss is a sum over the batch of all ranks
             unit.set_force_sum_reduction_for_comms(True)
             self.units.append(unit)
@@ -80,30 +81,18 @@ class Sharded(Whole):
         return Still(self)
 
     def state(self) -> dict[str, Tensor]:
-        """All of it, on every rank, in host memory."""
-        return {name: whole(value) for name, value in self.model.state_dict().items()}
+        tied = dict(self.model.named_parameters(remove_duplicate=False))
+        buffers = {name: value for name, value in self.model.state_dict().items() if name not in tied}
+        return self.everything | buffers
 
-    @torch.no_grad()
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        for name, value in self.model.state_dict().items():
-            value.copy_(like(state[name], value))
-
-    def gathered(self, moments: dict[str, Any]) -> dict[str, Any]:
-        # two thirds of a checkpoint: in host memory of the rank that writes it alone
-        state = {
-            place: {name: whole(x, self.writes) for name, x in kept.items()} for place, kept in moments["state"].items()
-        }
-        return moments | {"state": state}
-
-    def split(self, moments: dict[str, Any]) -> dict[str, Any]:
-        state = {
-            place: {name: x if name == "step" else like(x, self.trained[place]) for name, x in kept.items()}
-            for place, kept in moments["state"].items()
-        }
-        return moments | {"state": state}
-
-    def save(self, folder: Path | None) -> None:
-        self._write(folder, state_dict=self.state())
+    def save(self, folder: Path) -> None:
+        config = copy.deepcopy(self.model.config)
+        config.dtype, config.architectures = self.dtype, [type(self.model).__name__.removeprefix("FSDP")]
+        if self.peers.first:
+            config.save_pretrained(folder)
+            if self.model.can_generate():
+                self.model.generation_config.save_pretrained(folder)
+        export.write(folder, self.state(), self.dtype, self.peers)
 
 
 class Still(Whole):
@@ -112,15 +101,7 @@ class Still(Whole):
     def __init__(self, weights: Sharded) -> None:
         super().__init__(weights.model)
         self.weights = weights
-        self.kept = self._shards()
-
-    def _shards(self) -> list[Tensor]:
-        return [shard(value).clone() for value in self.weights.everything.values()]
-
-    @torch.no_grad()
-    def _put(self, shards: list[Tensor]) -> None:
-        for value, kept in zip(self.weights.everything.values(), shards, strict=True):
-            shard(value).copy_(kept)
+        self.kept = {name: value.detach().clone() for name, value in weights.everything.items()}
 
     @contextmanager
     def active(self, learns: bool = False) -> Iterator[None]:
@@ -128,36 +109,18 @@ class Still(Whole):
             yield
 
     def state(self) -> dict[str, Tensor]:
-        with self._swapped():
-            return self.weights.state()
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        with self._swapped():
-            self.weights.load_state(state)
-            self.kept = self._shards()
+        return self.kept
 
     @contextmanager
     def _swapped(self) -> Iterator[None]:
-        live = self._shards()
+        live = {name: shard(value).clone() for name, value in self.weights.everything.items()}
         self._put(self.kept)
         try:
             yield
         finally:
             self._put(live)
 
-
-def shard(value: Tensor) -> Tensor:
-    """This rank's part."""
-    return value.to_local().detach() if isinstance(value, DTensor) else value.detach()
-
-
-def whole(value: Tensor, keep: bool = True) -> Tensor:
-    """All of it, in host memory; of what is not kept nothing, where it only helps others to theirs."""
-    value = value.full_tensor() if isinstance(value, DTensor) else value
-    return value.detach().cpu() if keep else value.new_empty(0)
-
-
-def like(value: Tensor, other: Tensor) -> Tensor:
-    """`value` split as `other` is."""
-    value = value.to(other.device)
-    return distribute_tensor(value, other.device_mesh, other.placements) if isinstance(other, DTensor) else value
+    @torch.no_grad()
+    def _put(self, values: dict[str, Tensor]) -> None:
+        for name, value in self.weights.everything.items():
+            shard(value).copy_(shard(values[name]))

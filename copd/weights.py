@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 from transformers import PreTrainedModel
 
@@ -43,18 +44,10 @@ class Weights(Protocol):
     def remove(self) -> None: ...
 
     def state(self) -> dict[str, Tensor]:
-        """All that differs from the base, by name."""
+        """All that differs from the base, each once: the tensors themselves, shards where ranks split them."""
 
-    def load_state(self, state: dict[str, Tensor]) -> None: ...
-
-    def gathered(self, moments: dict[str, Any]) -> dict[str, Any]:
-        """An optimiser's state, whole where it is split over ranks."""
-
-    def split(self, moments: dict[str, Any]) -> dict[str, Any]:
-        """The inverse of `gathered`."""
-
-    def save(self, folder: Path | None) -> None:
-        """Writes what `copd.model.load_saved` reads; without a folder only helps to, where it is split over ranks."""
+    def save(self, folder: Path) -> None:
+        """Writes what `copd.model.load_saved` reads, in the dtype it computes in; all ranks that share it do."""
 
 
 class Whole:
@@ -82,29 +75,22 @@ class Whole:
         pass
 
     def state(self) -> dict[str, Tensor]:
-        return self.model.state_dict()
+        named = dict(self.model.named_parameters())
+        tied = dict(self.model.named_parameters(remove_duplicate=False))
+        return named | {name: value for name, value in self.model.state_dict().items() if name not in tied}
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        self.model.load_state_dict(state)
-
-    def gathered(self, moments: dict[str, Any]) -> dict[str, Any]:
-        return moments
-
-    def split(self, moments: dict[str, Any]) -> dict[str, Any]:
-        return moments
-
-    def save(self, folder: Path | None) -> None:
-        self._write(folder)
-
-    def _write(self, folder: Path | None, **options: Any) -> None:
-        if folder is None:
-            return
+    def save(self, folder: Path) -> None:
         # in a process group transformers has the first rank alone write, as if all had the same model
         vars(self.model)["should_save_on_this_rank"] = lambda first: True
         try:
-            self.model.save_pretrained(folder, **options)
+            self.model.save_pretrained(folder)
         finally:
             del self.model.should_save_on_this_rank
+
+
+def shard(value: Tensor) -> Tensor:
+    """This rank's part of a tensor that ranks split, or the tensor."""
+    return value.to_local().detach() if isinstance(value, DTensor) else value.detach()
 
 
 def adamw(parameters: list[Any], cfg: OptimConfig) -> torch.optim.AdamW:

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from copd import schema, train
+from copd import checkpoint, schema, train
 from copd.batch import Batch
 from copd.branch import Branch
+from copd.coevolve import Plan
 from copd.lab.config import LabConfig
 from copd.lab.start import start
 from copd.lab.tasks import vocabulary
@@ -60,6 +61,11 @@ def make_run(cfg: LabConfig) -> train.Run:
 
 def run(cfg: LabConfig) -> dict[str, Any]:
     return train.run(cfg, start)
+
+
+def save(directory: Path, step: int, plan: Plan, cfg: LabConfig) -> Path:
+    """A checkpoint, here and now."""
+    return checkpoint.write(directory, checkpoint.take(plan, step), cfg)
 
 
 def weights(branch: Branch) -> dict[str, torch.Tensor]:

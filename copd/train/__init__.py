@@ -18,24 +18,27 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from copd import checkpoint, engine, evaluate, files, results, schema
+from copd import checkpoint, engine, evaluate, files, results, schema, state
 from copd.batch import NonFiniteLoss
 from copd.branch import Branch
 from copd.coevolve import coevolve, make_plan
 from copd.config import Config
 from copd.data import FileTask
 from copd.log import Log, memory_mib, state_memory
-from copd.merge import merge
+from copd.merge import branch_weights, merge_into
 from copd.model import is_adapter, load, load_like
 from copd.ranks import KEEPERS, Place, device_of, joined
 from copd.rollout import seed_of
 from copd.task import Task
 from copd.train import health
 from copd.train.interrupts import Interrupts, Stopped
-from copd.weights import Weights
+from copd.train.saving import Saver
+from copd.weights import Weights, Whole, shard
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+
+    from copd.adapter import Adapter
 
 logger = logging.getLogger("copd")
 C = TypeVar("C", bound=Config)
@@ -129,7 +132,7 @@ class Run:
     def _copy(self) -> PreTrainedModel:
         return copy.deepcopy(self.base)
 
-    def _adapter(self, name: str) -> Weights:
+    def _adapter(self, name: str) -> Adapter:
         from copd.adapter import Adapter
 
         assert self.lora is not None
@@ -154,16 +157,17 @@ class Run:
 
     def train(self) -> Log:
         cfg, plan, total = self.cfg, self.plan, self.plan.steps
-        done = saved = checkpoint.resume(self.directory, plan, cfg) if cfg.resume else 0
+        done = checkpoint.resume(self.directory, plan, cfg) if cfg.resume else 0
         if done > total:
             raise ValueError(f"resume: cycles and steps must give at least the {done} steps done; got {total}")
         if self.place.first:
             (self.directory / "results.json").unlink(missing_ok=True)  # of a run that is to go on
             files.write(self.directory / "config.yaml", schema.dump(cfg))
         log = self.log = Log(self.directory, cfg, total, done, self.place)
+        saver = Saver(self.directory, plan, cfg, done)
         whole = [branch.updates for branch in plan.models(done)]
         try:
-            with Interrupts(agree=self.place.any if self.place.world > 1 else None) as interrupts:
+            with Interrupts(agree=self.place.any if self.place.size > 1 else None) as interrupts:
                 evaluate.measure(plan, self.tasks, log, done)
                 steps, clock = coevolve(plan, done), time.perf_counter()
                 while done < total:
@@ -172,7 +176,10 @@ class Run:
                         whole = [branch.updates for branch in plan.models(done)]
                         self._record(log, done, phase, metrics, time.perf_counter() - clock)
                     if done == total or (cfg.checkpoint_every and done % cfg.checkpoint_every == 0):
-                        saved = done if self._save(done, required=cfg.checkpoint_required and done < total) else saved
+                        more = done < total
+                        saver.save(
+                            done, required=cfg.checkpoint_required and more, beside=cfg.checkpoint_async and more
+                        )
                     evaluate.measure(plan, self.tasks, log, done)
                     clock = time.perf_counter()
         except BaseException as error:
@@ -180,11 +187,16 @@ class Run:
             if isinstance(error, NonFiniteLoss):
                 error = self._failed(error, done + 1)
             # what stops one rank alone leaves the others in the middle of something
-            everywhere = self.place.world == 1 or isinstance(error, Stopped | health.Unhealthy)
-            if done > saved and between and everywhere:
-                saved = done if self._save(done, required=False) else saved
-            elif done > saved:
+            everywhere = self.place.size == 1 or isinstance(error, Stopped | health.Unhealthy)
+            try:
+                saver.settle()
+            except OSError as full:
+                logger.error(full)
+            if done > saver.saved and between and everywhere:
+                saver.save(done, required=False)
+            elif done > saver.saved:
                 logger.error("stopped within step %d, when some branches had moved: it is no state to resume", done + 1)
+            saved = saver.saved
             kept = f"checkpoint-{saved} of {self.directory}" if saved else "the start"
             logger.warning("stopped after step %d of %d: the same command continues from %s", done, total, kept)
             log.close()
@@ -193,7 +205,7 @@ class Run:
 
     def _record(self, log: Log, step: int, phase: str, metrics: dict[str, dict[str, Any]], seconds: float) -> None:
         speed = sum(record["tokens"] for record in metrics.values()) / seconds
-        memory = self.place.union({self.place.rank: memory_mib(self.device)}, range(self.place.world))
+        memory = self.place.union({self.place.index: memory_mib(self.device)}, range(self.place.size))
         for name, record in metrics.items():
             record["num_tokens"] += log.last("train", branch=name).get("num_tokens", 0)
             record |= {"step_time": seconds, "tokens_per_s": speed, "memory_mib": memory[self.place.keeper(name)]}
@@ -202,57 +214,53 @@ class Run:
         for name, record in metrics.items():
             health.check({"branch": name} | record, log, self.cfg)
 
-    def _save(self, step: int, required: bool) -> bool:
-        """Whether the checkpoint could be written; a full disk is an `OSError` only where it is required."""
-        try:
-            checkpoint.save(self.directory, step, self.plan, self.cfg)
-        except (OSError, RuntimeError) as error:  # torch words a full disk as a RuntimeError
-            last = next((str(path) for path in reversed(checkpoint.found(self.directory))), "none")
-            reason = str(error).splitlines()[0]
-            message = f"checkpoint: step {step} must fit in {self.directory}; got {reason}; the last good one is {last}"
-            if required:
-                raise OSError(message) from error
-            logger.error(message)
-            return False
-        return True
-
     def _failed(self, error: NonFiniteLoss, step: int) -> NonFiniteLoss:
         """Branches that had already moved in this step make its state one to look at, not one to resume."""
         place = self.place
-        path = self.directory / f"failed-{step}" / ("state.pt" if place.world == 1 else f"rank-{place.rank}.pt")
-        # ranks that split a model would have to gather it together, and this one may be alone
-        branches = self.plan.models(step - 1) if place.peers.size == 1 else []
+        path = self.directory / f"failed-{step}" / ("state.pt" if place.size == 1 else f"rank-{place.index}.pt")
+        weights = {branch.name: state.shards(branch) for branch in self.plan.models(step - 1)}
         with files.whole(path) as scratch:
-            torch.save({"batch": error.batch, "branches": {b.name: b.state() for b in branches}}, scratch)
-        what = "batch and weights" if branches else "batch"
-        return NonFiniteLoss(f"{error}; step {step}, {what} saved in {path.parent}", error.batch)
+            torch.save({"batch": error.batch, "branches": weights}, scratch)
+        return NonFiniteLoss(f"{error}; step {step}, batch and weights saved in {path.parent}", error.batch)
 
-    def merged(self) -> PreTrainedModel | Weights | None:
+    def merged(self, name: str = "merged", learns: bool = False) -> Branch | None:
         """The base with the branches' weights merged into it; or, where the config says so, into one adapter.
 
-        All ranks ask for it; None but where it lives.
+        All ranks ask for it; None but where it lives. One parameter at a time, of which ranks that split a model have
+        their shards.
         """
-        here, cfg, names = (
-            {branch.name: branch.weights for branch in self.plan.branches},
-            self.cfg.merge,
-            self.place.owner,
-        )
+        cfg, names, everything = self.cfg.merge, [*self.place.owner], list(self.tasks.values())
+        if self.lora is not None:
+            weights = self._merged_adapters()
+            return self.branch(name, everything, weights) if weights else None
+        model = self._copy().requires_grad_(learns) if self.place.holds(name) else None
+        target = self.branch(name, everything, model) if model else None
+        into = state.parts(target)["weights"] if target else {}
+        ours = {branch.name: state.parts(branch)["weights"] for branch in self.plan.branches}
+        shares = branch_weights(names, cfg)
+        for key, start in Whole(self.base).state().items():
+            if start.is_floating_point():
+                found = {name: shard(weights[key]) for name, weights in ours.items()}
+                if brought := self.place.bring(found, names, name):
+                    merge_into(into[key], start.detach(), [*brought.values()], shares, cfg)
+        if target:
+            target.publish()
+        return target
+
+    def _merged_adapters(self) -> PreTrainedModel | Weights | None:
+        from copd import merge_adapters
+
+        here, names = {branch.name: branch.weights for branch in self.plan.branches}, self.place.owner
         states = self.place.bring({name: weights.state() for name, weights in here.items()}, [*names], "merged")
         if states is None:
             return None
-        if self.lora is not None:
-            from copd import merge_adapters
-
-            guests = {name: self._adapter(name) for name in names if name not in here}
-            for name, guest in guests.items():
-                guest.load_state(states[name])
-            merged = merge_adapters.merge({name: (here | guests)[name] for name in names}, cfg)
-            for guest in guests.values():
-                guest.remove()
-            return merged
-        model = self._copy()
-        model.load_state_dict(merge(self.base.state_dict(), states, cfg))
-        return model.requires_grad_(False)
+        guests = {name: self._adapter(name) for name in names if name not in here}
+        for name, guest in guests.items():
+            guest.load_state(states[name])
+        merged = merge_adapters.merge({name: (here | guests)[name] for name in names}, self.cfg.merge)
+        for guest in guests.values():
+            guest.remove()
+        return merged
 
     def _overlap(self) -> float:
         """Mean top-k overlap along the edges of the topology, now."""
@@ -273,8 +281,8 @@ class Run:
                 base = self._copy().requires_grad_(False) if self.lora is None else self.base
                 models.insert(0, self.branch("base", everything, base))
             if self.cfg.method in ("copd", "independent"):
-                if (merged := self.merged()) is not None:
-                    models.append(self.branch("merged", everything, merged))
+                if merged := self.merged():
+                    models.append(merged)
                 models += self.plan.models(self.plan.steps)[len(branches) :]
                 names += ["merged", *self.plan.names(self.plan.steps)[len(place.owner) :]]
                 made = [model for model in models if model.name in KEEPERS]

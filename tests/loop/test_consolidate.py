@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from copd_cases import cross_batch, make_branch, make_config, reward_longer, routed_batch, same, weights
+from copd_cases import cross_batch, make_branch, make_config, reward_longer, routed_batch, same, save, weights
 
 from copd import checkpoint
 from copd.branch import Branch
@@ -127,7 +127,7 @@ def test_a_resume_before_at_and_inside_consolidation_is_exact(tmp_path, done):
     steps = coevolve(half)
     for _ in range(done):
         next(steps)
-    assert checkpoint.load(checkpoint.save(tmp_path, done, half, cfg), rest, cfg) == done
+    assert checkpoint.load(save(tmp_path, done, half, cfg), rest, cfg) == done
     list(coevolve(rest, done))
     for a, b in zip(whole.models(4), rest.models(4), strict=True):
         assert same(weights(a), weights(b))
@@ -238,7 +238,7 @@ def planned(tmp_path, *settings):
     def branch(name, tasks, given=None):
         return Branch(name, tasks, given or model, processor, cfg, torch.device("cpu"))
 
-    return make_plan(cfg, tasks, branch, lambda name: model, lambda: model, lambda: 1.0).phases
+    return make_plan(cfg, tasks, branch, lambda name: model, lambda *_: None, lambda: 1.0).phases
 
 
 @pytest.mark.parametrize(

@@ -130,16 +130,16 @@ def alone_and_together(places):
     place = Place(["text", "image", "video"])
 
     def work(rank):
-        if place.rank == rank:
+        if place.index == rank:
             raise OSError(f"disk of rank {rank}")
-        return place.rank
+        return place.index
 
     found = []
     for method, rank in ((place.together, 1), (place.told, 0), (place.ahead, 0), (place.ahead, 1)):
         with pytest.raises(OSError, match=f"disk of rank {rank}"):
             method(partial(work, rank))
         found.append(method(partial(work, 5)))
-    return found, place.any(place.rank == 1), [name for name in places if place.holds(name)]
+    return found, place.any(place.index == 1), [name for name in places if place.holds(name)]
 
 
 def test_what_one_rank_raises_all_raise_and_go_on(ranks):

@@ -3,9 +3,8 @@
 import logging
 
 import pytest
-from copd_cases import make_config, reward_longer, same, weights
+from copd_cases import make_config, reward_longer, same, save, weights
 
-from copd import checkpoint
 from copd.coevolve import coevolve
 from copd.lab.start import start
 from copd.log import Log
@@ -80,7 +79,7 @@ def test_a_resume_takes_the_phases_of_an_uninterrupted_run(tmp_path):
     for _ in range(3):
         next(steps)
     half.log.close()
-    checkpoint.save(half.directory, 3, half.plan, half.cfg)
+    save(half.directory, 3, half.plan, half.cfg)
     rest = begin("half")
     rest.train()
     assert rest.plan.phases == whole.plan.phases
