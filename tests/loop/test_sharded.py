@@ -44,10 +44,12 @@ def test_two_ranks_a_branch_make_the_run_of_one_process(case, tmp_path, ranks):
             assert a.get(name) == b.get(name), (a["step"], name)
         for name in ("loss", "grad_norm", "kl", "entropy"):
             assert a.get(name, 0) == pytest.approx(b.get(name, 0), rel=1e-4, abs=1e-6), (a["step"], name)
-    for path in (tmp_path / "alone" / "run").rglob("*.safetensors"):
-        ours = load_file(tmp_path / "together" / path.relative_to(tmp_path / "alone"))
+    for path in (tmp_path / "alone" / "run").glob("*/model.safetensors"):
+        theirs = tmp_path / "together" / path.relative_to(tmp_path / "alone")
+        assert (theirs.parent / "config.json").read_text() == (path.parent / "config.json").read_text()
+        ours = load_file(theirs)
         for name, value in load_file(path).items():
-            torch.testing.assert_close(ours[name], value, rtol=0, atol=2e-5, msg=f"{path.name} {name}")
+            torch.testing.assert_close(ours[name], value, rtol=0, atol=2e-5, msg=f"{path} {name}")
 
 
 def saved_again(folder):
