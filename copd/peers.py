@@ -73,7 +73,8 @@ class Peers:
             result = work()
         except Exception as raised:
             error = raised
-        if error := error or next(filter(None, self.all(_portable(error))), None):
+        errors = self.all(_portable(error))
+        if error := error or next(filter(None, errors), None):
             raise error
         return result  # type: ignore[return-value]  # it has been assigned
 

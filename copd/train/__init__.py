@@ -231,8 +231,10 @@ class Run:
         """
         cfg, names, everything = self.cfg.merge, [*self.place.owner], list(self.tasks.values())
         if self.lora is not None:
-            weights = self._merged_adapters()
-            return self.branch(name, everything, weights) if weights else None
+            made = self._merged_adapters()
+            if learns and isinstance(made, PreTrainedModel):  # the config refuses to learn from a merge into an adapter
+                made.requires_grad_(True)
+            return self.branch(name, everything, made) if made else None
         model = self._copy().requires_grad_(learns) if self.place.holds(name) else None
         target = self.branch(name, everything, model) if model else None
         into = state.parts(target)["weights"] if target else {}

@@ -53,7 +53,7 @@ def make_plan(cfg, names=("text", "image"), phases=("rl", "opd"), domain=None):
 def moved(adapter, seed=1, scale=0.3):
     """Any values, as training might leave them."""
     g = torch.Generator().manual_seed(seed)
-    for parameter in adapter._named().values():
+    for parameter in adapter.state().values():
         parameter.data.copy_(scale * torch.randn(parameter.shape, generator=g))
     return adapter
 

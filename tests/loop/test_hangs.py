@@ -59,7 +59,7 @@ def gone_on(folder):
 
 def test_a_file_that_one_rank_cannot_read_is_read_by_none(tmp_path, ranks):
     ranks(1, whole_run, tmp_path, (*SETTINGS, "checkpoint_every=1"), THREE)
-    file = tmp_path / "run" / "checkpoint-4" / "branch-image.pt"
+    (file,) = (tmp_path / "run" / "checkpoint-4" / "branch-image").iterdir()
     file.write_bytes(file.read_bytes()[:-100])
     assert ranks(2, gone_on, tmp_path) == [3, 3]
 
@@ -78,7 +78,7 @@ def spoilt(batch):
 
 
 def test_a_rank_whose_loss_is_no_number_does_not_wait_for_those_that_share_its_model(tmp_path, ranks):
-    with pytest.raises(AssertionError, match=r"loss of branch 'mixed' must be finite.*step 1, batch saved in"):
+    with pytest.raises(AssertionError, match="must be finite.*step 1, batch and weights saved"):
         ranks(2, not_a_number, tmp_path, seconds=90)
     assert [path.name for path in (tmp_path / "run" / "failed-1").iterdir()] == ["rank-1.pt"]
 

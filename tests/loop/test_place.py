@@ -46,7 +46,7 @@ def told(folder, kept):
     records = [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
     paths = (path.relative_to(folder) for path in folder.rglob("*"))
     files = sorted(str(path) for path in paths if path.parts[0] != kept)
-    weights = {str(path.relative_to(folder)): load_file(path) for path in folder.rglob("*.safetensors")}
+    weights = {path: load_file(folder / path) for path in files if path.endswith(".safetensors")}
     return records, files, weights
 
 
