@@ -78,7 +78,7 @@ def spoilt(batch):
 
 
 def test_a_rank_whose_loss_is_no_number_does_not_wait_for_those_that_share_its_model(tmp_path, ranks):
-    with pytest.raises(AssertionError, match="must be finite.*step 1, batch and weights saved"):
+    with pytest.raises(AssertionError, match=r"must be finite.*step 1, batch and weights saved"):
         ranks(2, not_a_number, tmp_path, seconds=90)
     assert [path.name for path in (tmp_path / "run" / "failed-1").iterdir()] == ["rank-1.pt"]
 
