@@ -30,7 +30,7 @@ from copd.peers import Peers
 from copd.rlvr import advantages, token_weights
 from copd.rollout import Rollout, rewards, seed_of, special_tokens
 from copd.task import Prompt, Task
-from copd.weights import Weights, Whole, adamw, vision_of
+from copd.weights import Weights, Whole, adamw, set_up
 from copd_kernels import Head, logprob, topk
 
 
@@ -55,10 +55,7 @@ class Branch:
         self.processor, self.special = processor, special_tokens(model, processor)
         self.updates = 0  # optimiser steps of this process
         self.frozen: Weights | None = None  # those of the phase's start, for `opd.teacher: phase_start`
-        for part in vision_of(model) if cfg.model.freeze_vision else []:
-            part.requires_grad_(False)
-        if cfg.model.activation_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+        set_up(model, cfg.model)
         model.to("cpu" if cfg.offload else device)  # type: ignore[arg-type]  # transformers wraps `to`
         if self.peers.mesh is not None:
             from copd.sharded import Sharded  # FSDP2, which it imports, takes a second

@@ -54,6 +54,7 @@ ROOM = {
     "rollout.cache_tokens",
     "rollout.engine_options",
     "model.activation_checkpointing",
+    "model.compile",
 }
 
 

@@ -2,7 +2,8 @@
 
 Each prompt is prefilled once and its KV cache repeated for its G samples; a row that has ended leaves the batch. What a
 row samples depends on its prompt, its place and the seed, not on the rows beside it. Media placeholders are never
-sampled: a completion with one could not be scored. B = P * G rows, C completion tokens.
+sampled: a completion with one could not be scored; log-probs are those over all words, as the loss has them.
+B = P * G rows, C completion tokens.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Rollout:
     mask: Tensor
     """(B, C) bool, tokens up to EOS included"""
     logp: Tensor
-    """(B, C) fp32, the sampler's own log-probs (0 outside `mask`)"""
+    """(B, C) fp32, the sampler's own log-probs, over all words (0 outside `mask`)"""
     truncated: Tensor
     """(B,) bool, completions that reached the limit without EOS"""
 
@@ -123,6 +124,7 @@ def special_tokens(model: PreTrainedModel, processor: Any) -> Special:
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # blocks compiled for training would be anew, for a cache that grows
 def generate(
     model: PreTrainedModel,
     prompts: list[Prompt],
@@ -207,11 +209,12 @@ def _decode(
     while True:
         # softcap and scale included, as every log-prob of the tokens will be
         logits = reference.logits(Head.of(model, last)).float() / cfg.temperature  # (B, V), the last position alone
+        total = logits.logsumexp(-1)
         logits[:, special.media] = -torch.inf
         logp = logits.log_softmax(-1)
         token = logp.argmax(-1) if draft.noise is None else draw(logp, draft.noise[row, at])
         draft.tokens[row, at] = token
-        draft.logp[row, at] = logp.gather(1, token[:, None])[:, 0]
+        draft.logp[row, at] = logits.gather(1, token[:, None])[:, 0] - total
         at, position, width = at + 1, position + 1, width + 1
         live = (~torch.isin(token, ends) & (at < cfg.max_new_tokens)).nonzero()[:, 0]
         over = len(live) * width > budget and len(live) > 1

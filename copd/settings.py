@@ -46,6 +46,8 @@ class ModelConfig:
     """`attn_implementation`; None takes flash-attn where installed, else SDPA"""
     liger: bool = True
     """use Liger's RMSNorm, SwiGLU and RoPE where installed and on a GPU (never its losses)"""
+    compile: str | None = None
+    """a backend of `torch.compile`, as `inductor`, for the decoder's blocks when scoring and training (not sampling)"""
     activation_checkpointing: bool = False
     """recompute activations in the backward pass"""
     freeze_vision: bool = False

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from copd import export
 from copd.peers import Peers
-from copd.weights import Whole, shard, vision_of
+from copd.weights import Whole, blocks_of, shard, vision_of
 
 T = TypeVar("T")
 
@@ -29,11 +29,9 @@ class Sharded(Whole):
     def __init__(self, model: PreTrainedModel, peers: Peers, dtype: torch.dtype) -> None:
         super().__init__(model)
         self.peers, self.dtype = peers, dtype
-        names = set(model._no_split_modules or ())
-        blocks = [module for module in model.get_decoder().modules() if type(module).__name__ in names]
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
         self.units: list[FSDPModule] = []
-        for module in (*blocks, model):
+        for module in (*blocks_of(model), model):
             unit = fully_shard(module, mesh=peers.mesh, mp_policy=policy)
             unit.set_gradient_divide_factor(1.0)  # a loss is a sum over the batch of all ranks
             unit.set_force_sum_reduction_for_comms(True)

@@ -10,11 +10,12 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch import _dynamo as dynamo
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 from transformers import PreTrainedModel
 
-from copd.settings import OptimConfig
+from copd.settings import ModelConfig, OptimConfig
 
 T = TypeVar("T")
 
@@ -103,6 +104,35 @@ def adamw(parameters: list[Any], cfg: OptimConfig) -> torch.optim.AdamW:
         eps=cfg.eps,
         weight_decay=cfg.weight_decay,
     )
+
+
+def set_up(model: PreTrainedModel, cfg: ModelConfig) -> None:
+    """Freezes, recomputes and compiles what the settings say, in place; no name of a parameter changes.
+
+    Raises `ValueError` for a backend that `torch.compile` does not know, and for a model whose blocks have no name.
+    """
+    for part in vision_of(model) if cfg.freeze_vision else []:
+        part.requires_grad_(False)
+    if cfg.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if cfg.compile is None:
+        return
+    if cfg.compile not in torch.compiler.list_backends(exclude_tags=()):
+        known = ", ".join(torch.compiler.list_backends())
+        raise ValueError(f"model: compile must be a backend of torch.compile, as {known}; got {cfg.compile!r}")
+    blocks = blocks_of(model)
+    if not blocks:
+        raise ValueError(f"model: compile must find blocks in the decoder; got none in {type(model).__name__}")
+    # of each adapter there are three: its first block, the others, no gradients
+    dynamo.config.recompile_limit = max(64, dynamo.config.recompile_limit)
+    for block in blocks:  # equal ones share their code; of shapes and lengths there are too many to compile each
+        block.compile(dynamic=True, backend=cfg.compile)
+
+
+def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
+    """The decoder's blocks, which embeddings, vision, the last norm and `lm_head` stand around."""
+    names = set(model._no_split_modules or ())
+    return [module for module in model.get_decoder().modules() if type(module).__name__ in names]
 
 
 def vision_of(model: PreTrainedModel) -> list[nn.Module]:
