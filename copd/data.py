@@ -203,8 +203,9 @@ class FileTask:
         }[kind]
         try:
             return read(item, file if file.is_dir() else file.parent, *how)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{where}: {kind} must {rule}; got {error}") from error
+        except media.BROKEN as error:
+            name = media.named(item)
+            raise ValueError(f"{where}: {kind} must {rule}; got {error}{name and f' from {name}'}") from error
 
     def _read(self, index: int, split: Split) -> tuple[dict[str, Any], Any, list[Image.Image], list[Any]]:
         """A row, its prompt with the places of its media, and those media; in whichever thread."""

@@ -6,6 +6,7 @@ import base64
 import io
 import re
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from transformers.video_utils import VideoMetadata
 
 IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 VIDEOS = {".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v"}
+# what reading one may raise
+BROKEN = (OSError, ValueError, HTTPException, Image.DecompressionBombError)
 # a dictionary's key for what it holds; bytes first, the path beside them is a name of where they once were
 KEYS = ("bytes", "image", "video", "image_url", "video_url", "url", "path")
 SECONDS = 30  # that a URL may take to answer
@@ -38,6 +41,13 @@ def source(item: Any, folder: Path) -> Any:
     if not isinstance(item, Path | bytes | Image.Image | list):
         raise ValueError(type(item).__name__)
     return item
+
+
+def named(item: Any) -> str:
+    """Where a data set says it is: a path or URL, or nothing for what it holds itself."""
+    if isinstance(item, dict):
+        return next(filter(None, (named(item.get(key)) for key in KEYS)), "")
+    return str(item) if isinstance(item, str | Path) and not str(item).startswith("data:") else ""
 
 
 def like(value: Any) -> bool:
@@ -105,6 +115,8 @@ def _decode(file: Any, fps: float, most: int | None) -> tuple[np.ndarray, VideoM
         raise ImportError("video: files must be read by PyAV; got none; pip install 'copd[video]'") from error
     try:
         with av.open(file) as opened:
+            if not opened.streams.video:
+                raise ValueError("it has no stream of pictures")
             # times first, without decoding
             packets = opened.demux(opened.streams.video[0])
             times = sorted(float(packet.pts * packet.time_base) for packet in packets if packet.pts is not None)

@@ -2,7 +2,8 @@
 
 A model's weights are written over the engine's before its rollout, an adapter is a LoRA request over its base's. On a
 GPU the engine sleeps between rollouts, so that training has the memory. What vLLM samples is what `copd.rollout` does:
-media placeholders are never drawn, log-probs are of the distribution drawn from.
+media placeholders are never drawn, log-probs are over all words. At a temperature other than 1 it tells those
+it draws from instead, which are above the loss's by -log(1 - p(placeholders)).
 """
 
 from __future__ import annotations
@@ -128,7 +129,8 @@ class VLLM:
             model=str(folder),
             load_format="dummy",
             seed=0,
-            logprobs_mode="processed_logprobs",
+            # raw ones are before the placeholders are ruled out, and before the temperature too
+            logprobs_mode="raw_logprobs" if cfg.rollout.temperature == 1 else "processed_logprobs",
             generation_config="vllm",
             disable_log_stats=True,
             **options,
@@ -165,7 +167,9 @@ class VLLM:
             rule = f"rollout: prompt and max_new_tokens must fit in the {self.limit} tokens of engine vllm"
             raise ValueError(f"{rule}; got {length} + {after} for {where}; rollout.engine_options may give it more")
         if odd := prompt.media.keys() - {name for pixels, grid, _ in MEDIA for name in (pixels, grid)}:
-            raise ValueError(f"rollout: engine vllm must have media as patches and grids; got {min(odd)} for {where}")
+            rule = "rollout: engine vllm must have images and videos as patches and grids, as Qwen-VL has them"
+            got = f"{min(odd)} of {self.architecture} for {where}"
+            raise ValueError(f"{rule}; got {got}; rollout.engine=transformers samples them")
         return engine_input(prompt, self.config)
 
     def _load(self, weights: Weights) -> Any:

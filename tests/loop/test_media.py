@@ -5,6 +5,7 @@ import io
 import json
 import struct
 import threading
+import wave
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import av
@@ -232,20 +233,24 @@ def test_a_phones_video_is_shown_as_people_see_it(tmp_path, how):
     assert corners.sum() - corners[row, column] < 20
 
 
-@pytest.mark.parametrize("kind", ["text", "empty", "cut", "unequal", "none"])
+@pytest.mark.parametrize("kind", ["text", "empty", "cut", "sound", "unequal", "none"])
 def test_a_video_that_cannot_be_read_names_its_row(processor, write, tmp_path, kind):  # noqa: F811
     path = tmp_path / "bad.mp4"
     if kind == "cut":
         film(path, 25, size=(64, 64), codec="mpeg4")
         path.write_bytes(path.read_bytes()[:2000])
+    if kind == "sound":
+        with wave.open(str(path), "wb") as out:
+            out.setparams((1, 2, 8000, 0, "NONE", ""))
+            out.writeframes(bytes(8000))
     path.write_text("no film") if kind == "text" else path.write_bytes(b"") if kind == "empty" else None
     (tmp_path / "void").mkdir()
     videos = {"unequal": [["a.png", "clip/frame_0.png"]], "none": ["void"]}.get(kind, ["bad.mp4"])
     file = write({"prompt": "Hi", "videos": videos}, {"prompt": "Bye"})
     (tmp_path / "bad.mp4").touch()
-    with pytest.raises(
-        ValueError, match=r"film: row 0 of .*rows.jsonl: video must be a file, a folder.*; got .*(video|frames)"
-    ):
+    named = {"unequal": "frames of", "none": "no frames from void", "sound": "no stream of .* from bad.mp4"}
+    rule = r"film: row 0 of .*rows.jsonl: video must be a file, a folder.*; got .*"
+    with pytest.raises(ValueError, match=rule + named.get(kind, "video .*bad.mp4")):
         FileTask("film", config(file), processor).prompt(0)
 
 
@@ -265,7 +270,9 @@ def test_an_image_comes_from_the_network_or_its_row_is_named(processor, write, t
         file = write({"prompt": "Hi", "images": [f"{url}/a.png"]}, {"prompt": "Ho", "images": [f"{url}/b.png"]})
         task = FileTask("image", config(file), processor)
         assert task.prompt(0).media["image_grid_thw"].tolist() == [[1, 4, 6]]
-        with pytest.raises(ValueError, match=r"image: row 1 of .*rows.jsonl: image must be .*; got HTTP Error 404"):
+        with pytest.raises(
+            ValueError, match=r"image: row 1 of .*rows.jsonl: image must be .*; got HTTP Error 404.* from .*b.png"
+        ):
             task.prompt(0, "test")
         server.shutdown()
 

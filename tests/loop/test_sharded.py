@@ -25,7 +25,7 @@ CASES = {
     "reverse": (4, ("opd.signal=reverse", "opd.teacher=phase_start")),
     # in its last step some ranks have images and others not
     "sampled": (4, ("opd.signal=sampled", "rlvr.loss_aggregation=token", "consolidate.steps=1", "opd.batch=split")),
-    "mopd": (2, ("method=mopd", "mopd_steps=2")),
+    "mopd": (2, ("method=mopd", "mopd_steps=2", "model.compile=eager")),
 }
 
 

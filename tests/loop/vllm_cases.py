@@ -55,7 +55,8 @@ def error(branch, rollout):
     with torch.no_grad(), branch.active():
         head, tokens = branch.head(rollout, list(rows))
         logits = reference.logits(head).float() / temperature
-    logits[:, branch.special.media] = -torch.inf
+    if temperature != 1:
+        logits[:, branch.special.media] = -torch.inf
     logp = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
     return (logp - rollout.logp[rollout.mask]).abs().max().item()
 
@@ -114,6 +115,15 @@ def test_a_prompt_beyond_the_limit_is_named_and_harms_nothing(branches):
     with pytest.raises(ValueError, match=r"prompt and max_new_tokens must fit in the \d+ tokens .* row 3 of text"):
         branches[0].rollout([prompt, long], 0)
     assert error(branches[0], branches[0].rollout([prompt], 0)) < 1e-5
+
+
+def test_media_of_another_form_are_refused_by_name(branches):
+    prompt = branches[1].tasks[0].prompt(3)
+    other = replace(prompt, media={"pixel_values": prompt.media["pixel_values"], "image_sizes": torch.ones(1, 2)})
+    got = "patches and grids, .* got image_sizes of Qwen3VLForConditionalGeneration for row 3 of image"
+    with pytest.raises(ValueError, match=got + r"; rollout\.engine=transformers samples them"):
+        branches[1].rollout([other], 0)
+    assert error(branches[1], branches[1].rollout([prompt], 0)) < 1e-5
 
 
 def test_after_an_exception_inside_it_nothing_is_sampled(branches, monkeypatch):
@@ -190,7 +200,8 @@ def test_more_prompts_than_a_forward_of_the_engine_takes_are_sampled(branches, p
     prompt, names = branch.tasks[0].prompt(0), ("input_ids", "mm_token_type_ids")
     long = [replace(prompt, **{name: getattr(prompt, name) * (7 + i) for name in names}) for i in range(12)]
     few = {"max_model_len": 256, "max_num_batched_tokens": 256, "kv_cache_memory_bytes": 1 << 25, "max_num_seqs": 32}
-    cfg = replace(branch.cfg, rollout=replace(branch.cfg.rollout, engine_options=few))
+    cfg = replace(branch.cfg, rollout=replace(branch.cfg.rollout, engine_options=few, temperature=1.0))
+    monkeypatch.setattr(branch, "cfg", cfg)  # at this temperature log-probs are over all words
     monkeypatch.setattr(branch, "engine", engine.make(cfg, branch.model, processor))
     assert sum(len(row.input_ids) for row in long) > 2 * 256
     assert error(branch, branch.rollout(long, 7)) < 1e-5
