@@ -18,10 +18,10 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 IDS = {"token_ptr": "*i64", "top_ptr": "*i64", "room_ptr": "*i64", "t_room_ptr": "*i64", "common_ptr": "*i32"}
-PIECE_IDS = {"top_ptr": "*i32", "t_top_ptr": "*i32"}
 STRIDES = ("stride", "out_stride", "stride_head")
-NUMBERS = dict.fromkeys(("R", "V", "stride", "out_stride", "student", "count", "rest"), "i32")
-SWITCHES = ("REVERSE", "FORWARD", "ONE_SIDED", "HAS_CAP")
+VARY = ("R", "S", "student", "count", "rest", "first", "place", "weight_stride", "value_stride", "cap_step")
+NUMBERS = dict.fromkeys(("V", "stride", "out_stride", *VARY), "i32")
+SWITCHES = ("REVERSE", "FORWARD", "ONE_SIDED", "HAS_CAP", "WEIGHTED")
 
 
 def compile_all(architecture: int, folder: Path) -> None:
@@ -62,6 +62,8 @@ def variants(name: str, names: list[str], fp64: bool) -> Iterator[dict[str, Any]
             "U": rows.spans(like, T),
         }
         sizes["BLOCK"] = rows.sums_block(like, T) if "sums" in name else rows.block(like, T)
+        if "finish" in name:
+            sizes["BLOCK"] = rows.FINISHED
         if "overlap" in name:
             sizes["BLOCK"] = rows.COUNT_TILE // sizes["TP"]
         used = [k for k in SWITCHES if k in names]
@@ -92,23 +94,22 @@ def compile_one(
 
     from copd_kernels.rows import triton as rows
 
-    ids = IDS | PIECE_IDS if "stats" in kernel.__name__ else IDS
-
     def kind(argument: str) -> str:
         if argument == "dlogits_ptr":
             return "*" + dlogits
         other = "*" + logits if argument.endswith("_ptr") else "i64"
-        return ids.get(argument) or NUMBERS.get(argument) or other
+        return IDS.get(argument) or NUMBERS.get(argument) or other
 
     constants = constants | dict.fromkeys(unit, 1)
     signature = {a: kind(a) for a in kernel.arg_names} | dict.fromkeys(constants, "constexpr")
     # as schedule.py aligns rows, whatever V is: what makes the loads 16 bytes wide
+    anywhere = {p.name for p in kernel.params if p.do_not_specialize_on_alignment}
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, a in enumerate(kernel.arg_names)
-        if a.endswith("_ptr") or (a in STRIDES and a not in unit)
+        if (a.endswith("_ptr") and a not in anywhere) or (a in STRIDES and a not in unit)
     }
-    options = {"num_warps": rows.NUM_WARPS}
+    options = {"num_warps": 1 if "finish" in kernel.__name__ else rows.NUM_WARPS}
     if kernel.__name__ in ("_kl_grad_kernel", "_jsd_sums_kernel", "_logprob_stats_kernel"):
         like = torch.empty(0, dtype=torch.float64 if logits == "fp64" else torch.float32)
         options["maxnreg"] = rows.registers(like, constants.get("T", 1))

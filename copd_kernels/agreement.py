@@ -40,7 +40,7 @@ def agreement_op(
     for chunk in space.chunks:
         z = space.logits(chunk)
         for head, out in zip(heads, z, strict=True):
-            head.project(head.read(chunk, None), out, rows)
+            head.project(head.read(chunk), out, rows)
         for output, result in zip(outputs, rows.agreement(z, 0, teachers, k), strict=True):
             output[:, chunk] = result
     overlap, forward_kl, reverse_kl = outputs

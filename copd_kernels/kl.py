@@ -9,7 +9,7 @@ projected by one teacher only (4 passes whatever T is). (N, V) logits never exis
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Literal, overload
 
@@ -88,9 +88,13 @@ def kl_op(
     words = Support.read(support)
     # one teacher is made of all: routed tokens have only one
     as_one = combine != "mean" and teacher_index is None
+    order = None
     if teacher_index is not None:
-        # a token without a teacher has nothing to learn
-        token_weight = torch.where(teacher_index < 0, 0, token_weight)
+        # tokens in the order of their teachers; one without a teacher has nothing to learn
+        order = torch.argsort(teacher_index, stable=True)
+        token_weight = torch.where(teacher_index < 0, 0, token_weight)[order]
+        temperature = temperature[order] if temperature.dim() else temperature
+        student = replace(student, hidden=hidden[order])
     token_weight = token_weight.to(dtype)
     each = (teacher_weight * token_weight).to(dtype)  # (T, N); routed (1, N)
     weight = each.sum(0, keepdim=True) if as_one else each
@@ -100,71 +104,79 @@ def kl_op(
     gradients = Gradients(student, lm_head.shape[0], want, gain) if any(want) else None
     narrow = gradients.dlogits_dtype if gradients else None
     rows = load(backend, shard)
-    d = weight.new_zeros(hidden.shape[0])
-    entropy = weight.new_zeros(hidden.shape[0] if stats else 0)
-    taught = weight.new_zeros(2, len(teachers) if stats else 0)  # sum_n u_n D_jn, sum_n u_n
+    cap, its_rows = softcap_of(student, temperature, backend, shard, rows)
+    factor = None if gradients is None else gain * gradients.factor
+    N, how = hidden.shape[0], (divergence, beta.item())
+    value = torch.zeros_like(weight)  # D_jn, or that of the one made of all
+    apart = torch.zeros_like(each) if stats and as_one else value  # D_jn
+    entropy = weight.new_zeros(N if stats else 0)
+    parts = segments(N, teachers, teacher_index)
 
-    for segment in segments(hidden.shape[0], teachers, teacher_index):
+    for segment in parts:
         H = 1 + sum(isinstance(teacher, Projection) for teacher in segment.teachers)
         plain = 1 + len(segment.teachers) == H and words is None
         # a row's gradient may be a sum over teachers that are asked apart
         room = 2 if gradients and not plain and passes(segment.teachers, words) > 1 else 0
-        space = Workspace(segment.size, H + room, student.columns, d, workspace_bytes, narrow)
+        space = Workspace(segment.size, H + room, student.columns, value, workspace_bytes, narrow)
         for part in space.chunks:
-            chunk = part if segment.tokens is None else segment.tokens[part]
-            w, own_w = weight[:, chunk], each[:, chunk]  # (T, R)
-            z = space.logits(part)
-            mine = student.read(chunk, (w != 0).any(0))
-            T = of_tokens(temperature, chunk)
+            chunk = slice(segment.start + part.start, segment.start + part.stop)
+            z, mine, T = space.logits(part), student.read(chunk), of_tokens(temperature, chunk)
             student.project(mine, z[0], rows, T)
             asked: list[int | Listed] = []  # a head by its place in z
-            for j, teacher in enumerate(segment.teachers):
+            for teacher in segment.teachers:
                 # a routed teacher holds its own tokens only, so there the chunk is counted among those
                 if isinstance(teacher, Listed):
                     asked.append(teacher.read(part))
                 else:
                     place = 1 + sum(isinstance(other, int) for other in asked)
-                    teacher.project(teacher.read(part, own_w[j] != 0), z[place], rows, T)
+                    teacher.project(teacher.read(part), z[place], rows, T)
                     asked.append(place)
-            how = divergence, beta.item()
             if stats:
                 # before the gradient takes the student's logits' place
                 own = rows.logprob(z[:1])
-                entropy[chunk] = torch.where((w != 0).any(0), own.norm - own.mean, 0)
-            apart = None
+                entropy[chunk] = own.norm - own.mean
             if as_one:
-                apart = diverge(z, asked, words, *how, rows) if stats else None
-                combine_rows(z[1:H], teacher_weight.expand(-1, hidden.shape[0])[:, chunk].to(dtype), combine, rows)
+                if stats:
+                    diverge(z, asked, words, *how, rows, apart[:, chunk])
+                combine_rows(z[1:H], teacher_weight.expand(-1, N)[:, chunk].to(dtype), combine, rows)
                 asked = [1]
-            if gradients is None:
-                value = diverge(z, asked, words, *how, rows)
+            if gradients is None or factor is None:
+                diverge(z, asked, words, *how, rows, value[:, chunk])
             else:
                 dlogits = space.dlogits(part)
-                cap, its_rows = softcap_of(student, temperature, chunk, rows, shard)
-                value = diverge(z, asked, words, *how, its_rows, gain[:, chunk] * gradients.factor, cap, dlogits)
+                its = factor[:, chunk]
+                diverge(z, asked, words, *how, its_rows, value[:, chunk], its, cap(chunk), dlogits)
                 gradients.add(dlogits, mine, chunk)
-            d[chunk] = torch.where(w == 0, 0, w * value).sum(0)
-            if stats:
-                u, value = torch.where(own_w == 0, 0, token_weight[chunk]), value if apart is None else apart
-                taught[:, segment.names] += torch.stack([torch.where(u == 0, 0, u * value).sum(1), u.sum(1)])
 
-    result = d if per_token else d.sum()
-    teacher_kl = taught[0] / torch.where(taught[1] > 0, taught[1], 1)
-    if gradients is None:
-        dhidden, dlm_head, dbias = (d.new_empty(0) for _ in range(3))
-        return result, dhidden, dlm_head, dbias, d.new_ones(()), entropy, teacher_kl
-    dhidden, dlm_head, dbias = gradients.tensors(shard)
-    return result, dhidden, dlm_head, dbias, gradients.unit, entropy, teacher_kl
+    d = torch.where(weight == 0, 0, weight * value).sum(0)
+    entropy = torch.where((weight != 0).any(0), entropy, 0) if stats else entropy
+    told = d.new_zeros(len(teachers) if stats else 0)
+    if stats:
+        u = torch.where(each == 0, 0, token_weight)
+        taught = torch.stack([torch.where(u == 0, 0, u * apart), u])  # (2, T, N); routed (2, 1, N)
+        for segment in parts:
+            total, mass = taught[..., segment.start : segment.start + segment.size].sum(-1)
+            told[segment.names] = total / torch.where(mass > 0, mass, 1)
+    dhidden, dlm_head, dbias = gradients.tensors(shard) if gradients else (d.new_empty(0) for _ in range(3))
+    if order is not None:
+        d, entropy, dhidden = (put_back(x, order) for x in (d, entropy, dhidden))
+    unit = d.new_ones(()) if gradients is None else gradients.unit
+    return d if per_token else d.sum(), dhidden, dlm_head, dbias, unit, entropy, told
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Tokens that have the same teachers, which `names` numbers: those listed, or all in order."""
+    """Tokens in a row that have the same teachers, which `names` numbers: all tokens, or those of one teacher."""
 
-    tokens: Tensor | None
+    start: int
     size: int
     teachers: list[Projection | Listed]
     names: slice
+
+
+def put_back(x: Tensor, order: Tensor) -> Tensor:
+    """x of tokens in `order` (N,), in their own; what is empty stays so."""
+    return torch.empty_like(x).index_copy_(0, order, x) if x.numel() else x
 
 
 def in_order(heads: list[Projection], lists: list[Tensor], tails: list[str]) -> list[Projection | Listed]:
@@ -173,18 +185,17 @@ def in_order(heads: list[Projection], lists: list[Tensor], tails: list[str]) -> 
 
 
 def segments(N: int, teachers: list[Projection | Listed], teacher_index: Tensor | None) -> list[Segment]:
-    """One segment with every teacher, or one a teacher with the tokens routed to it."""
+    """One segment with every teacher, or one a teacher with the tokens routed to it, after those of none."""
     if teacher_index is None:
-        return [Segment(None, N, teachers, slice(None))]
-    order = torch.argsort(teacher_index, stable=True)
-    names = torch.arange(-1, len(teachers), device=order.device)
+        return [Segment(0, N, teachers, slice(None))]
+    names = torch.arange(-1, len(teachers), device=teacher_index.device)
     # the one host sync: how many tokens each teacher has
     start, *counts = (teacher_index == names[:, None]).sum(1).tolist()
     result = []
     for j, (teacher, count) in enumerate(zip(teachers, counts, strict=True)):
         name = f"teachers[{j}].{'ids' if isinstance(teacher, Listed) else 'hidden'}"
         check("kl", name, count == teacher.N, f"hold the {count} tokens routed to it", f"{teacher.N} rows")
-        result.append(Segment(order[start : start + count], count, [teacher], slice(j, j + 1)))
+        result.append(Segment(start, count, [teacher], slice(j, j + 1)))
         start += count
     return result
 

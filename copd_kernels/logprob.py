@@ -44,39 +44,35 @@ def logprob_op(
     stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logp, entropy, lse), (N,) each, then what is kept for backward: logits (N, V) or (0, V), each row's statistics
-    (3, N) and its top token (N,); then is_top1, mean_logits and log_sum_sq_probs, (N,) each with `stats` or (0,).
+    (4, N) and its top token (N,); then is_top1, mean_logits and log_sum_sq_probs, (N,) each with `stats` or (0,).
     `numbers` is the head's scale and softcap, `temperature` () or (N,)."""
     head = single(hidden, lm_head, bias, numbers, vocab_size, shard, temperature)
-    rows = load(backend)
-    temperature = where_they_count(temperature, tokens != ignore_index)
-    outputs = [hidden.new_empty(hidden.shape[0], dtype=logits_dtype([hidden])) for _ in range(3)]
-    kept = empty_logits(hidden, head.columns, outputs[0].dtype, workspace_bytes, recompute)
-    sides, top = kept.new_empty(3, hidden.shape[0]), torch.empty_like(tokens)
-    extra = [x.new_empty(hidden.shape[0] if stats else 0) for x in (tokens.bool(), outputs[0], outputs[0])]
-    space = Workspace(hidden.shape[0], 1, head.columns, kept, workspace_bytes, kept=kept)
+    rows, keep = load(backend, shard), tokens != ignore_index
+    temperature = where_they_count(temperature, keep)
+    N, dtype = hidden.shape[0], logits_dtype([hidden])
+    kept = empty_logits(hidden, head.columns, dtype, workspace_bytes, recompute)
+    sides, top = kept.new_empty(4, N), torch.empty_like(tokens)
+    side = Side(sides[0], top, *sides[1:])
+    sums = kept.new_empty(2, N if stats else 0)
+    token = torch.where(keep, tokens, 0)
+    space = Workspace(N, 1, head.columns, kept, workspace_bytes, kept=kept)
     for chunk in space.chunks:
-        keep = tokens[chunk] != ignore_index
-        z = space.logits(chunk)
-        head.project(head.read(chunk, keep), z[0], rows, of_tokens(temperature, chunk))
-        token = torch.where(keep, tokens[chunk], 0)
-        side, logit = Shard.read(shard).chosen(rows.logprob(z), z[0], token)
-        top[chunk] = side.top
-        for output, statistic in zip(sides, (side.max, side.tail, side.moment), strict=True):
-            output[chunk] = statistic
-        results = [*logprob_from(side, logit)]
+        z, its = space.logits(chunk), Side(*(x[chunk] for x in side))
+        head.project(head.read(chunk), z[0], rows, of_tokens(temperature, chunk))
+        rows.logprob(z, token[chunk], its)
         if stats:
-            results += [(token == side.top) & ~side.norm.isnan(), *beside(z, side, head.V, Shard.read(shard))]
-        for output, result in zip((*outputs, *extra), results, strict=stats):
-            output[chunk] = torch.where(keep, result, 0)
-    logp, entropy, lse = outputs
-    is_top1, mean_logits, log_sum_sq_probs = extra
+            sums[:, chunk] = torch.stack(spread(z, its, Shard.read(shard).first, head.V))
+    results = [*logprob_from(side)]
+    if stats:
+        results += [(token == top) & ~side.norm.isnan(), *beside(side, sums, head.V, Shard.read(shard))]
+    logp, entropy, lse, *extra = (torch.where(keep, x, x.new_zeros(())) for x in results)
+    is_top1, mean_logits, log_sum_sq_probs = extra or [x.new_empty(0) for x in (keep, lse, lse)]
     return logp, entropy, lse, kept, sides, top, is_top1, mean_logits, log_sum_sq_probs
 
 
-def beside(z: Tensor, side: Side, V: int, shard: Shard) -> tuple[Tensor, Tensor]:
-    """Mean logit and log sum_v p_v^2, (R,) each; V of the tokens are this rank's."""
-    total, square = spread(z, side, shard.first, V)
-    sums = torch.stack([total, square, torch.full_like(total, V)])
+def beside(side: Side, sums: Tensor, V: int, shard: Shard) -> tuple[Tensor, Tensor]:
+    """Mean logit and log sum_v p_v^2, (N,) each, from the sums of `spread`; V of the tokens are this rank's."""
+    sums = torch.cat([sums, torch.full_like(sums[:1], V)])
     total, square, count = shard.total(sums) if shard.split else sums
     return total / count + 0 * side.norm, torch.log1p(square) - 2 * side.norm
 
@@ -105,9 +101,9 @@ def logprob_backward(
     The statistics are those of the forward's logits: made again they would cost a sweep over the rows.
     """
     head = single(hidden, lm_head, bias, numbers, vocab_size, shard, temperature)
-    rows = load(backend, shard)
-    temperature = where_they_count(temperature, tokens != ignore_index)
-    upstream = torch.where(tokens != ignore_index, upstream, 0)
+    rows, keep = load(backend, shard), tokens != ignore_index
+    temperature = where_they_count(temperature, keep)
+    upstream = torch.where(keep, upstream, 0)
     if temperature.dim():
         # the rows know of none
         upstream = upstream / temperature
@@ -115,18 +111,14 @@ def logprob_backward(
     # kept logits are not overwritten: a second backward reads them again
     own = gradients.dlogits_dtype or (kept.dtype if kept.numel() else None)
     space = Workspace(hidden.shape[0], 1, head.columns, upstream, workspace_bytes, own, kept)
+    side, token, g = Side(sides[0], top, *sides[1:]), torch.where(keep, tokens, 0), upstream * gradients.factor
+    cap, its_rows = softcap_of(head, temperature, backend, shard, rows)
     for chunk in space.chunks:
-        keep = tokens[chunk] != ignore_index
-        z, dlogits = space.logits(chunk), space.dlogits(chunk)
-        # what has no upstream gradient contributes nothing, even if it is NaN
-        mine = head.read(chunk, (upstream[:, chunk] != 0).any(0))
+        z, dlogits, mine = space.logits(chunk), space.dlogits(chunk), head.read(chunk)
         if not kept.numel():
             head.project(mine, z[0], rows, of_tokens(temperature, chunk))
-        g = upstream[:, chunk] * gradients.factor
-        largest, tail, moment = sides[:, chunk]
-        side = Side(largest, top[chunk], tail, torch.zeros_like(tail), moment)
-        cap, its_rows = softcap_of(head, temperature, chunk, rows, shard)
-        its_rows.logprob_grad(z, side, torch.where(keep, tokens[chunk], 0), *g.unbind(), cap, dlogits)
+        its = Side(*(x[chunk] for x in side))
+        its_rows.logprob_grad(z, its, token[chunk], *g[:, chunk].unbind(), cap(chunk), dlogits)
         gradients.add(dlogits, mine, chunk)
     # where they are: nobody else holds these sums, and a copy of dlm_head would be the largest allocation here
     finished = (
@@ -158,7 +150,7 @@ def _(
     dtype = logits_dtype([hidden])
     per_token = [hidden.new_empty(hidden.shape[:1], dtype=dtype) for _ in range(3)]
     kept = empty_logits(hidden, Shard.read(shard).columns or V, dtype, workspace_bytes, recompute)
-    sides, top = kept.new_empty(3, hidden.shape[0]), torch.empty_like(tokens)
+    sides, top = kept.new_empty(4, hidden.shape[0]), torch.empty_like(tokens)
     extra = [kept.new_empty(hidden.shape[0] if stats else 0, dtype=x) for x in (torch.bool, dtype, dtype)]
     return *per_token, kept, sides, top, *extra
 

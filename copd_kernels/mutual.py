@@ -69,36 +69,36 @@ def mutual_op(
     token_weight = token_weight.to(dtype)
     N, rows = hidden[0].shape[0], load(backend, shard)
     gradients: dict[int, Gradients] = {}
+    factors: dict[int, Tensor] = {}  # of the gradient, and the divergences: (T, N) of each student
+    values: dict[int, Tensor] = {}
     lessons: dict[int, list[int]] = {}  # each student's edges
     for e, (student, _) in enumerate(pairs):
         lessons.setdefault(student, []).append(e)
     for student, its_edges in lessons.items():
         flags = want[3 * student : 3 * student + 3]
+        scope = torch.stack([weight[e] for e in its_edges])
+        values[student] = torch.empty_like(scope)
         if any(flags):
-            scope = torch.stack([weight[e] for e in its_edges])
-            gradients[student] = Gradients(heads[student], lm_head[student].shape[0], flags, scope)
+            gradient = gradients[student] = Gradients(heads[student], lm_head[student].shape[0], flags, scope)
+            factors[student] = scope * gradient.factor
     # every head's logits are still needed after its own gradient: dlogits have their own memory
     space = Workspace(N, len(heads), heads[0].columns, weight, workspace_bytes, dtype if gradients else None)
-    sums = [weight.new_zeros(()) for _ in pairs]
 
     for chunk in space.chunks:
-        u = token_weight[chunk]
         z = space.logits(chunk)
-        inputs = [head.read(chunk, u != 0) for head in heads]
+        inputs = [head.read(chunk) for head in heads]
         for head, mine, out in zip(heads, inputs, z, strict=True):
             head.project(mine, out, rows)
         for student, its_edges in lessons.items():
             call = (z, student, [pairs[e][1] for e in its_edges], divergence, beta.item())
+            value = values[student][:, chunk]
             if student in gradients:
                 gradient = gradients[student]
                 dlogits = space.dlogits(chunk, gradient.dlogits_dtype)
-                factor = torch.stack([weight[e, chunk] for e in its_edges]) * gradient.factor
-                value = rows.kl(*call, factor, heads[student].cap, dlogits)
+                rows.kl(*call, factors[student][:, chunk], heads[student].cap, dlogits, value)
                 gradient.add(dlogits, inputs[student], chunk)
             else:
-                value = rows.kl(*call)
-            for e, kl in zip(its_edges, torch.where(u == 0, 0, u * value).sum(1), strict=True):
-                sums[e] = sums[e] + kl
+                rows.kl(*call, out=value)
 
     made: list[Tensor] = []
     for k in range(len(heads)):
@@ -106,7 +106,11 @@ def mutual_op(
             made += [*gradients[k].tensors(shard), gradients[k].unit]
         else:
             made += [*(weight.new_empty(0) for _ in range(3)), weight.new_ones(())]
-    edge_sum = torch.stack(sums)
+    edge_sum = weight.new_zeros(len(pairs))
+    for student, its_edges in lessons.items():
+        counted = torch.where(token_weight == 0, 0, token_weight * values[student]).sum(1)
+        for e, total in zip(its_edges, counted, strict=True):
+            edge_sum[e] = total
     loss = torch.where(edge_weight == 0, 0, edge_weight.to(dtype) * edge_sum).sum()
     return loss, edge_sum, made
 

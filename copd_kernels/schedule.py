@@ -45,8 +45,6 @@ HEADROOM = {torch.float16: 4.0}
 # once. What lies between V and the next row is never written, and nothing reads it
 ALIGNED = {"cuda": 16}
 
-Rows = slice | Tensor
-
 
 @dataclass(frozen=True)
 class Projection:
@@ -71,10 +69,9 @@ class Projection:
     def V(self) -> int:
         return self.lm_head.shape[0]
 
-    def read(self, rows: Rows, keep: Tensor | None) -> Tensor:
-        """(R, D): the chunk's hidden states, masked ones set to zero so that a NaN there reaches nothing."""
-        hidden = self.hidden[rows].to(self.operand)
-        return hidden if keep is None else torch.where(keep.unsqueeze(1), hidden, 0)
+    def read(self, chunk: slice) -> Tensor:
+        """(R, D): the chunk's hidden states as the GEMMs read them."""
+        return self.hidden[chunk].to(self.operand)
 
     def project(self, hidden: Tensor, out: Tensor, rows: ModuleType, temperature: Tensor | None = None) -> None:
         """out (R, columns) = z, softcap by the backend `rows`; over `temperature` (R,), if a token has its own."""
@@ -86,7 +83,8 @@ class Projection:
             rows.softcap(out, self.cap)
         if temperature is not None:
             out.div_(temperature.unsqueeze(1))
-        out[:, self.V :] = -torch.inf
+        if self.columns > self.V:
+            out[:, self.V :] = -torch.inf
 
     def tiles(self) -> Iterator[tuple[slice, Tensor]]:
         """lm_head in the operands' dtype: as it is, or widened a few rows at a time."""
@@ -143,6 +141,9 @@ class Gradients:
         self.dlm_head = torch.empty((padded, D) if want[1] else 0, **kind)
         self.dbias = torch.zeros(padded if want[2] else 0, **kind)
         self.started = False
+        # a token without weight has dlogits of 0: its hidden state must be 0 too, for what it holds may be NaN
+        self.counts = (weight != 0).any(0) if weight.dim() > 1 else weight != 0
+        self.zero, self.memory = torch.zeros((), dtype=head.operand, device=weight.device), dict[str, Tensor]()
         if want[1]:
             self.dlm_head[head.V :].zero_()
         narrow = self.dlogits_dtype = dlogits_dtype(head.operand, weight)
@@ -151,21 +152,27 @@ class Gradients:
         self.factor = headroom / power  # of the weights
         self.unit = power * (head.alpha / headroom)
 
-    def add(self, dlogits: Tensor, hidden: Tensor, rows: Rows) -> None:
+    def add(self, dlogits: Tensor, hidden: Tensor, chunk: slice) -> None:
         """Projects a chunk's (R, columns) dlogits back."""
         head = self.head
         dlogits = dlogits[:, : head.V]
         if self.want[0]:
-            dhidden = self.dhidden[rows] if isinstance(rows, slice) else self.dhidden.new_empty(hidden.shape)
             for v, weight in head.tiles():
-                addmm(dhidden, dlogits[:, v], weight, accumulate=v.start > 0)
-            if not isinstance(rows, slice):
-                self.dhidden.index_copy_(0, rows, dhidden)
+                addmm(self.dhidden[chunk], dlogits[:, v], weight, accumulate=v.start > 0)
         if self.want[1]:
-            addmm(self.dlm_head[: head.V], dlogits.T, hidden, accumulate=self.started)
+            counted = self.room("hidden", hidden)
+            torch.where(self.counts[chunk].unsqueeze(1), hidden, self.zero, out=counted)
+            addmm(self.dlm_head[: head.V], dlogits.T, counted, accumulate=self.started)
         if self.want[2]:
-            self.dbias[: head.V] += dlogits.sum(0, dtype=self.dbias.dtype)
+            column = self.room("bias", self.dbias[: head.V])
+            self.dbias[: head.V].add_(torch.sum(dlogits, 0, dtype=column.dtype, out=column))
         self.started = True
+
+    def room(self, name: str, like: Tensor) -> Tensor:
+        """Memory for one chunk of `like`, taken once; again where a later part of routed tokens is larger."""
+        if name not in self.memory or len(self.memory[name]) < len(like):
+            self.memory[name] = torch.empty_like(like, memory_format=torch.contiguous_format)
+        return self.memory[name][: len(like)]
 
     def tensors(self, shard: str) -> tuple[Tensor, Tensor, Tensor]:
         if self.want[1] and not self.started:

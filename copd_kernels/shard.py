@@ -78,7 +78,7 @@ class Shard:
 
     def total(self, x: Tensor) -> Tensor:
         """The sum over ranks, in their order."""
-        return self.gather(x).sum(0) if self.split else x
+        return self.gather(x).sum(0)
 
     def add_up(self, x: Tensor) -> Tensor:
         """x, which becomes the sum over ranks; identical on all of them, as every collective leaves it."""
@@ -99,26 +99,23 @@ class Shard:
 
     def merged(self, *sides: Side) -> list[Side]:
         """Statistics of my columns become those of whole rows."""
-        if not self.split:
-            return list(sides)
         parts = self.exchange(*(x for side in sides for x in side))
         return [merge(Side(*parts[i : i + 5])).distribution() for i in range(0, len(parts), 5)]
 
     def in_columns(self, side: Side) -> Side:
         """Its top tokens counted from my first column."""
-        return side._replace(top=side.top - self.first) if self.split else side
+        return side._replace(top=side.top - self.first)
 
-    def chosen(self, side: Side, logits: Tensor, tokens: Tensor) -> tuple[Side, Tensor]:
-        """Statistics of whole rows beside no other, and the logit (R,) of each row's token."""
-        if not self.split:
-            return side.distribution(), logits.gather(1, tokens.unsqueeze(1)).squeeze(1)
-        column, V = tokens - self.first, logits.shape[1]
-        logit = logits.gather(1, column.clamp(0, V - 1).unsqueeze(1)).squeeze(1)
-        logit = torch.where((column >= 0) & (column < V), logit, -torch.inf)
-        # beside no other `cross` is 0, so that the logit takes its place on the way
-        largest, top, tail, logit, moment = self.exchange(*side._replace(cross=logit))
-        whole = merge(Side(largest, top, tail, torch.zeros_like(largest), moment))
-        return whole.distribution(), logit.amax(-1)
+    def whole(self, side: Side, logits: Tensor, tokens: Tensor | None) -> Side:
+        """Statistics of my columns become those of whole rows, beside no other; `cross` the logit of the token."""
+        side = side._replace(cross=torch.full_like(side.max, -torch.inf))
+        if tokens is not None:
+            column, V = tokens - self.first, logits.shape[1]
+            logit = logits.gather(1, column.clamp(0, V - 1).unsqueeze(1)).squeeze(1)
+            side = side._replace(cross=torch.where((column >= 0) & (column < V), logit, side.cross))
+        largest, top, tail, logit, moment = self.exchange(*side)
+        whole = merge(Side(largest, top, tail, torch.zeros_like(largest), moment)).distribution()
+        return whole._replace(cross=logit.amax(-1))
 
     def largest(self, values: Tensor, columns: Tensor, k: int) -> Tensor:
         """(H, R, k) ids of the k largest logits, from (H, k or fewer, R) of each rank, the lower id first among equals.

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +21,6 @@ from torch import Tensor
 from . import reference
 from .rows import torch as plain
 from .rows.stats import Side
-from .schedule import Rows
 
 
 @dataclass(frozen=True)
@@ -46,8 +44,8 @@ class Listed:
         """(N, 1): that of x (N, k) which belongs to the likeliest word."""
         return x.gather(1, self.logp.argmax(1, keepdim=True))
 
-    def read(self, rows: Rows) -> Listed:
-        return Listed(self.ids[rows], self.logp[rows], self.tail)
+    def read(self, chunk: slice) -> Listed:
+        return Listed(self.ids[chunk], self.logp[chunk], self.tail)
 
     def read_out(self, log_p_rest: Tensor, V: int) -> Tensor:
         """(N, k + 1) log-probs in fp64, of the rest too; an id out of range makes its row NaN."""
@@ -117,38 +115,36 @@ def diverge(
     support: Support | None,
     divergence: str,
     beta: float,
-    rows: ModuleType,
+    rows: Any,
+    out: Tensor,
     weight: Tensor | None = None,
     cap: float | Tensor | None = None,
     dlogits: Tensor | None = None,
-) -> Tensor:
-    """`rows.kl` of the first head of z, for teachers that are heads or lists: (T, R), and the gradient's dlogits.
+) -> None:
+    """`rows.kl` of the first head of z, for teachers that are heads or lists: out (T, R), and the gradient's dlogits.
 
     With more than one of `passes` the last two heads of z are room for their sum.
     """
     heads = [j for j, teacher in enumerate(teachers) if isinstance(teacher, int)]
     places = [teacher for teacher in teachers if isinstance(teacher, int)]
-    value: Tensor
     if support is None and len(places) == len(teachers):
-        value = rows.kl(z, 0, places, divergence, beta, weight, cap, dlogits)
-        return value
-    value = z.new_empty(len(teachers), z.shape[1])
+        rows.kl(z, 0, places, divergence, beta, weight, cap, dlogits, out)
+        return
     several = passes(teachers, support) > 1
     total, room = (z[-2], z[-1]) if several and dlogits is not None else (dlogits, dlogits)
     started = support is None and len(places) > 0
     if started:
         w = None if weight is None else weight[heads]
-        value[heads] = rows.kl(z, 0, places, divergence, beta, w, cap, total)
+        out[heads] = rows.kl(z, 0, places, divergence, beta, w, cap, total)
     for part in parts_of(z, teachers, support):
         w = None if weight is None else weight[part.teachers]
-        out = room if started else total
-        value[part.teachers] = on_part(part, z, divergence, beta, rows, w, cap, out, keep=several).to(z.dtype)
+        its = room if started else total
+        out[part.teachers] = on_part(part, z, divergence, beta, rows, w, cap, its, keep=several).to(z.dtype)
         if started and total is not None and room is not None:
             total.add_(room)
         started = True
     if several and total is not None and dlogits is not None:
         dlogits.copy_(total)
-    return value
 
 
 def on_part(
@@ -156,7 +152,7 @@ def on_part(
     z: Tensor,
     divergence: str,
     beta: float,
-    rows: ModuleType,
+    rows: Any,
     weight: Tensor | None,
     cap: float | Tensor | None,
     dlogits: Tensor | None,
@@ -187,7 +183,7 @@ def on_part(
     return value
 
 
-def take_out(z: Tensor, ids: Tensor, rows: ModuleType) -> tuple[Tensor, Side, Tensor]:
+def take_out(z: Tensor, ids: Tensor, rows: Any) -> tuple[Tensor, Side, Tensor]:
     """Logits (R, k) at `ids`, which become -inf in z (1, R, V); the others' statistics; u (R, k + 1) in fp64."""
     inside = z[0].gather(1, ids)
     z[0].scatter_(1, ids, -torch.inf)

@@ -1,12 +1,13 @@
 """A temperature for all tokens is part of the projection; a temperature a token divides its finished logits.
 
 The rows know of neither: a token's upstream gradient is divided by its temperature before they see it. Only the
-student's softcap over temperature is then a number a row, which the torch rows take.
+student's softcap over temperature is then a number a row, which the native rows do not take.
 """
 
 from __future__ import annotations
 
-from types import ModuleType
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from .checks import is_per_token
 from .flatten import number
 from .rows import load
-from .schedule import Projection, Rows
+from .schedule import Projection
 
 
 def temperatures(temperature: float | Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
@@ -29,15 +30,16 @@ def where_they_count(temperature: Tensor, counts: Tensor) -> Tensor:
     return torch.where(counts, temperature, 1) if temperature.dim() else temperature
 
 
-def of_tokens(temperature: Tensor, tokens: Rows) -> Tensor | None:
+def of_tokens(temperature: Tensor, chunk: slice) -> Tensor | None:
     """(R,), or None where the projection knows the one for all."""
-    return temperature[tokens] if temperature.dim() else None
+    return temperature[chunk] if temperature.dim() else None
 
 
 def softcap_of(
-    head: Projection, temperature: Tensor, tokens: Rows, rows: ModuleType, shard: str
-) -> tuple[float | Tensor | None, ModuleType]:
-    """The head's softcap over temperature, a number or (R,), and rows that take it."""
+    head: Projection, temperature: Tensor, backend: str, shard: str, rows: Any
+) -> tuple[Callable[[slice], float | Tensor | None], Any]:
+    """The head's softcap over temperature, a number or (R,) of each chunk, and rows that take it."""
     if head.cap is None or not temperature.dim():
-        return head.cap, rows
-    return head.cap / temperature[tokens], load("torch", shard)
+        return lambda chunk: head.cap, rows
+    caps = head.cap / temperature
+    return lambda chunk: caps[chunk], load("torch", shard) if backend == "native" else rows

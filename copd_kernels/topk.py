@@ -38,7 +38,7 @@ def topk_op(
     space = Workspace(hidden.shape[0], 1, head.V, logp, workspace_bytes)
     for chunk in space.chunks:
         z = space.logits(chunk)
-        head.project(head.read(chunk, None), z[0], rows, of_tokens(temperature, chunk))
+        head.project(head.read(chunk), z[0], rows, of_tokens(temperature, chunk))
         side = rows.logprob(z)
         largest = z[0].topk(k, dim=1)
         ids[chunk] = largest.indices

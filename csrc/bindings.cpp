@@ -79,10 +79,10 @@ Type type_of(const std::string& name) {
     return Type::bfloat16;
 }
 
-// A stride of 0 stands for V: rows without a gap.
-int64_t stride_of(int64_t stride, int64_t V) {
-    require(stride == 0 || stride >= V, "a stride must be 0 or at least V");
-    return stride ? stride : V;
+// A stride of 0 stands for the size of what it steps over: nothing lies between.
+int64_t stride_of(int64_t stride, int64_t size) {
+    require(stride == 0 || stride >= size, "a stride must be 0 or at least what it steps over");
+    return stride ? stride : size;
 }
 
 Logits logits_of(uintptr_t z, const std::string& type, int heads, int64_t R, int64_t V, int64_t stride) {
@@ -137,15 +137,16 @@ constexpr bool HAS_CUDA = false;
 
 void kl(uintptr_t z, const std::string& type, int heads, int64_t R, int64_t V, int student,
         const std::vector<int>& teachers, int divergence, double beta, uintptr_t weight, double cap, uintptr_t dlogits,
-        const std::string& dlogits_type, uintptr_t value, bool on_cuda, uintptr_t place, int64_t stride,
-        int64_t dlogits_stride) {
+        const std::string& dlogits_type, uintptr_t value, bool on_cuda, uintptr_t place, int64_t weight_stride,
+        int64_t value_stride, int64_t stride, int64_t dlogits_stride) {
     Logits logits = logits_of(z, type, heads, R, V, stride);
     check_heads(logits, student, teachers);
     require(divergence >= 0 && divergence < 4, "divergence must be in 0..3");
     require(R == 0 || value, "value must not be null");
     require(!dlogits || weight, "a gradient needs weights");
     KlArguments args{logits, student, teachers.data(), (int)teachers.size(), divergence, beta, (const void*)weight,
-                     gradient_of(logits, dlogits, dlogits_type, cap, dlogits_stride), (void*)value};
+                     gradient_of(logits, dlogits, dlogits_type, cap, dlogits_stride), (void*)value,
+                     stride_of(weight_stride, R), stride_of(value_stride, R)};
     call(on_cuda, place, args, &CpuRows::kl, kl_kernel);
 }
 
@@ -223,8 +224,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("isa", [] { return copd::cpu().first; });
     using namespace py::literals;
     m.def("kl", &copd::kl, "z"_a, "type"_a, "heads"_a, "R"_a, "V"_a, "student"_a, "teachers"_a, "divergence"_a, "beta"_a,
-          "weight"_a, "cap"_a, "dlogits"_a, "dlogits_type"_a, "value"_a, "on_cuda"_a, "place"_a, "stride"_a = 0,
-          "dlogits_stride"_a = 0);
+          "weight"_a, "cap"_a, "dlogits"_a, "dlogits_type"_a, "value"_a, "on_cuda"_a, "place"_a, "weight_stride"_a = 0,
+          "value_stride"_a = 0, "stride"_a = 0, "dlogits_stride"_a = 0);
     m.def("logprob", &copd::logprob, "z"_a, "type"_a, "R"_a, "V"_a, "side"_a, "top"_a, "tokens"_a, "upstream"_a, "cap"_a,
           "dlogits"_a, "dlogits_type"_a, "on_cuda"_a, "place"_a, "stride"_a = 0, "dlogits_stride"_a = 0);
     m.def("agreement", &copd::agreement, "z"_a, "type"_a, "heads"_a, "R"_a, "V"_a, "student"_a, "teachers"_a, "k"_a,

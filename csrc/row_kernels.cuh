@@ -26,6 +26,7 @@ constexpr int MAX_TEACHERS = 16;
 template <class S, class Out> struct Work {
     const S* z;  // (H, R, V)
     int64_t R, V, stride, out_stride;  // from row to row, of the logits and of dlogits
+    int64_t weight_stride, value_stride;  // from teacher to teacher
     int student, T;
     int teachers[MAX_TEACHERS];
     Mixture<S> mixture;
@@ -306,8 +307,8 @@ __device__ void kl_rows(Rows& rows, const Work<S, Out>& work, Scratch<S>& shared
             Pair<S> pair;
             pair.s = sides.s, pair.t = sides.t;
             prepare(D, work.mixture, pair);
-            pair.weight = work.weight ? work.weight[own * work.R + r] : S(0);
-            if (D != Divergence::jsd && rows.begin() == 0) work.value[own * work.R + r] = value(D, pair);
+            pair.weight = work.weight ? work.weight[own * work.weight_stride + r] : S(0);
+            if (D != Divergence::jsd && rows.begin() == 0) work.value[own * work.value_stride + r] = value(D, pair);
             shared.pairs[own] = pair;
         }
         __syncthreads();
@@ -329,7 +330,7 @@ __device__ void kl_rows(Rows& rows, const Work<S, Out>& work, Scratch<S>& shared
             JsdSums<S> sums = rows.combined(shared.partial_sums, turn, work.T);
             if (own < work.T) {
                 S divergence = settle(sums, work.mixture, shared.pairs[own]);
-                if (rows.begin() == 0) work.value[own * work.R + r] = divergence;
+                if (rows.begin() == 0) work.value[own * work.value_stride + r] = divergence;
             }
             __syncthreads();
         }

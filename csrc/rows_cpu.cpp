@@ -173,8 +173,8 @@ template <Divergence D, class S, class Out> void kl_rows(const KlArguments& args
                 Pair<S>& pair = pairs[j];
                 measure<P, Q>(student, teachers[j], V, pair);
                 prepare(D, m, pair);
-                pair.weight = args.weight ? ((const S*)args.weight)[j * R + r] : S(0);
-                ((S*)args.value)[j * R + r] = D == Divergence::jsd
+                pair.weight = args.weight ? ((const S*)args.weight)[j * args.weight_stride + r] : S(0);
+                ((S*)args.value)[j * args.value_stride + r] = D == Divergence::jsd
                     ? settle(jsd_sums(student, teachers[j], V, pair, m, lesson), m, pair)
                     : value(D, pair);
             }

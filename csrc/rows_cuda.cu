@@ -139,6 +139,7 @@ template <Divergence D, class S, class Out> void run_kl(const KlArguments& args,
     work.student = args.student, work.T = args.T, work.mixture = Mixture<S>(args.beta);
     for (int j = 0; j < args.T; ++j) work.teachers[j] = args.teachers[j];
     work.weight = (const S*)args.weight, work.value = (S*)args.value;
+    work.weight_stride = args.weight_stride, work.value_stride = args.value_stride;
     if constexpr (sizeof(S) == 4)
         if (fits_clusters(work) && launch_cluster(kl_from_cluster<D, Out>, work, args.logits.heads, stream)) return;
     launch_blocks(kl_from_memory<D, S, Out>, work, stream);

@@ -33,6 +33,7 @@ struct KlArguments {
     const void* weight;  // (T, R), of the gradient alone; null without one
     Gradient gradient;
     void* value;  // (T, R)
+    int64_t weight_stride, value_stride;  // from teacher to teacher
 };
 
 // Statistics of each row, or from them the gradient of its log-probability, entropy and logsumexp.

@@ -1,4 +1,6 @@
-"""The Triton kernels that sweep rows whose statistics are known, and those that need none; `lanes.py` makes them.
+"""The Triton kernels that sweep rows whose statistics are known, and those that need none.
+
+`lanes.py` reads the rows first, `finish.py` makes of that what these know of a row: numbers (5 + 5 T, R).
 
 R rows, V tokens, T teachers, S pieces a row: program (r, s) reads piece s of row r, `count` whole tiles of BLOCK
 columns, and the last piece `rest` more, which may reach beyond V. Threads exchange nothing inside a loop over tiles.
@@ -7,7 +9,7 @@ columns, and the last piece `rest` more, which may reach beyond V. Threads excha
 import triton
 import triton.language as tl
 
-from .lanes import VARYING, _exp, _head_row
+from .lanes import SLICES, VARYING, _exp, _head_row
 
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -92,9 +94,31 @@ def _log_mix(s, t, s_max, t_max, norm_gap, beta, rest, ONE_SIDED: tl.constexpr):
 
 
 @triton.jit
-def _number(number_ptr, j, R, row):
-    """Teacher j's number of this row, of (T, R)."""
-    return tl.load(number_ptr + j * R.to(tl.int64) + row)
+def _id(number):
+    """What `_as_number` made a number."""
+    if number.dtype == tl.float64:
+        found = number.to(tl.int64, bitcast=True).to(tl.int32)
+    else:
+        found = number.to(tl.int32, bitcast=True)
+    return found
+
+
+@triton.jit
+def _number(numbers_ptr, field, R, row):
+    return tl.load(numbers_ptr + field * R.to(tl.int64) + row)
+
+
+@triton.jit
+def _of_teacher(numbers_ptr, j, R, row):
+    """max, 1 / (1 + tail) or times the weight, gap, offset, weight."""
+    first = numbers_ptr + (5 + 5 * j) * R.to(tl.int64) + row
+    return (
+        tl.load(first),
+        tl.load(first + R.to(tl.int64)),
+        tl.load(first + 2 * R.to(tl.int64)),
+        tl.load(first + 3 * R.to(tl.int64)),
+        tl.load(first + 4 * R.to(tl.int64)),
+    )
 
 
 @triton.jit
@@ -110,7 +134,7 @@ def _add_jsd(sums, numbers, s_ptr, t_ptrs, cols, V, T: tl.constexpr, ONE_SIDED: 
     result = ()
     for j in tl.static_range(T):
         to_teacher, to_student, moment = sums[j]
-        t_max, t_inv, gap, u_top = each[j]
+        t_max, t_inv, gap, u_top, _ = each[j]
         t = _line(t_ptrs[j], cols, V, float("-inf"), MASKED)
         u, w = _log_mix(s, t, s_max, t_max, gap, beta, rest, ONE_SIDED)
         to_teacher += _exp(t - t_max) * t_inv * w
@@ -123,18 +147,9 @@ def _add_jsd(sums, numbers, s_ptr, t_ptrs, cols, V, T: tl.constexpr, ONE_SIDED: 
 @triton.jit(do_not_specialize=VARYING)
 def _jsd_sums_kernel(
     z_ptr,  # (H, R, V)
-    max_ptr,  # (R,)
-    top_ptr,  # (R,) int64
-    inv_ptr,  # (R,) 1 / (1 + tail)
-    t_max_ptr,  # (T, R)
-    t_inv_ptr,  # (T, R)
-    gap_ptr,  # (T, R) log(1 + tail) of the student less the teacher's
-    u_top_ptr,  # (T, R)
-    beta_ptr,  # (1,)
-    rest_ptr,  # (1,) 1 - beta
-    to_teacher_ptr,  # (T, R, S) sum of q log(q / m)
-    to_student_ptr,  # (T, R, S) sum of p log(p / m)
-    moment_ptr,  # (T, R, S) sum of p (u - u_top)
+    numbers_ptr,
+    mix_ptr,  # (2,) beta, 1 - beta
+    sums_ptr,  # (3 T, S, R): of each teacher the sums of q log(q / m), p log(p / m) and p (u - u_top)
     R,
     V,
     stride,
@@ -157,11 +172,10 @@ def _jsd_sums_kernel(
     t_ptrs, each, sums = (), (), ()
     for j in tl.static_range(T):
         t_ptrs = t_ptrs + (_head_row(z_ptr, heads, j, row, stride_head, stride, BITS),)
-        t_max, t_inv = _number(t_max_ptr, j, R, row), _number(t_inv_ptr, j, R, row)
-        each = each + ((t_max, t_inv, _number(gap_ptr, j, R, row), _number(u_top_ptr, j, R, row)),)
+        each = each + (_of_teacher(numbers_ptr, j, R, row),)
         sums = sums + ((zero, zero, zero),)
-    s_max, inv, top = tl.load(max_ptr + row), tl.load(inv_ptr + row), tl.load(top_ptr + row).to(tl.int32)
-    numbers = (s_max, inv, top, tl.load(beta_ptr), tl.load(rest_ptr), each)
+    s_max, inv = _number(numbers_ptr, 0, R, row), _number(numbers_ptr, 1, R, row)
+    numbers = (s_max, inv, _id(_number(numbers_ptr, 2, R, row)), tl.load(mix_ptr), tl.load(mix_ptr + 1), each)
     for i in range(count):
         cols = start + i * BLOCK + tl.arange(0, BLOCK)
         sums = _add_jsd(sums, numbers, s_ptr, t_ptrs, cols, V, T, ONE_SIDED, False)
@@ -170,15 +184,13 @@ def _jsd_sums_kernel(
             cols = start + (count + i) * BLOCK + tl.arange(0, BLOCK)
             sums = _add_jsd(sums, numbers, s_ptr, t_ptrs, cols, V, T, ONE_SIDED, True)
     for j in tl.static_range(T):
-        out = (j * R.to(tl.int64) + row) * S + split
-        tl.store(to_teacher_ptr + out, tl.sum(sums[j][0], 0))
-        tl.store(to_student_ptr + out, tl.sum(sums[j][1], 0))
-        tl.store(moment_ptr + out, tl.sum(sums[j][2], 0))
+        for k in tl.static_range(3):
+            tl.store(sums_ptr + ((3 * j + k) * S + split) * R.to(tl.int64) + row, tl.sum(sums[j][k], 0))
 
 
 @triton.jit
 def _store_dlogits(ptr, g, z, cap_ptr, weighted, inside, HAS_CAP: tl.constexpr, MASKED: tl.constexpr):
-    """Through the softcap, into the GEMM's dtype; 0 in a row without weight, whatever it holds."""
+    """Through the row's softcap, into the GEMM's dtype; 0 in a row without weight, whatever it holds."""
     if HAS_CAP:
         cap = tl.load(cap_ptr)
         # the differences are exact near the cap
@@ -201,7 +213,7 @@ def _write_kl(
     a = tl.zeros_like(s) - centre
     b = tl.zeros_like(s)
     for j in tl.static_range(T):
-        weight, offset, t_max, t_weight, gap = each[j]
+        t_max, t_weight, gap, offset, weight = each[j]
         t = _line(t_ptrs[j], cols, V, float("-inf"), MASKED)
         if REVERSE:
             a += weight * (s - t - offset)
@@ -220,19 +232,10 @@ def _write_kl(
 def _kl_grad_kernel(
     z_ptr,  # (H, R, V)
     dlogits_ptr,  # (R, V), may be the student's logits
-    max_ptr,  # (R,)
-    top_ptr,  # (R,) int64
-    inv_ptr,  # (R,) 1 / (1 + tail)
-    centre_ptr,  # (R,)
-    at_top_ptr,  # (R,)
-    weight_ptr,  # (T, R) of the part that multiplies p
-    offset_ptr,  # (T, R) that part at the student's top token
-    t_max_ptr,  # (T, R)
-    t_weight_ptr,  # (T, R) weight / (1 + tail) of the teacher's own probability
-    gap_ptr,  # (T, R) as in _jsd_sums_kernel
-    beta_ptr,  # (1,)
-    rest_ptr,  # (1,)
-    cap_ptr,  # (1,)
+    numbers_ptr,
+    mix_ptr,  # (2,) beta, 1 - beta
+    cap_ptr,  # (1,), or (R,) with cap_step 1
+    cap_step,
     out_stride,
     R,
     V,
@@ -255,19 +258,20 @@ def _kl_grad_kernel(
     s_ptr = z_ptr + student.to(tl.int64) * stride_head + row * stride
     out_ptr = dlogits_ptr + row * out_stride
     start = split * count * BLOCK
-    s_max, inv = tl.load(max_ptr + row), tl.load(inv_ptr + row)
-    top, centre, at_top = tl.load(top_ptr + row).to(tl.int32), tl.load(centre_ptr + row), tl.load(at_top_ptr + row)
+    cap_ptr += row * cap_step
+    s_max, inv = _number(numbers_ptr, 0, R, row), _number(numbers_ptr, 1, R, row)
+    top = _id(_number(numbers_ptr, 2, R, row))
+    centre, at_top = _number(numbers_ptr, 3, R, row), _number(numbers_ptr, 4, R, row)
     t_ptrs, each, total = (), (), 0.0
     for j in tl.static_range(T):
-        weight, offset = _number(weight_ptr, j, R, row), _number(offset_ptr, j, R, row)
-        t_max, gap = _number(t_max_ptr, j, R, row), _number(gap_ptr, j, R, row)
+        t_max, t_weight, gap, offset, weight = _of_teacher(numbers_ptr, j, R, row)
         # a teacher without weight is the student itself: whatever its logits are, they are not read
         idle = weight == 0
         total += tl.abs(weight)
         t_ptrs = t_ptrs + (tl.where(idle, s_ptr, _head_row(z_ptr, heads, j, row, stride_head, stride, BITS)),)
         offset, gap, t_max = tl.where(idle, 0.0, offset), tl.where(idle, 0.0, gap), tl.where(idle, s_max, t_max)
-        each = each + ((weight, offset, t_max, _number(t_weight_ptr, j, R, row), gap),)
-    numbers = (s_max, inv, top, centre, at_top, total != 0, tl.load(beta_ptr), tl.load(rest_ptr), each)
+        each = each + ((t_max, t_weight, gap, offset, weight),)
+    numbers = (s_max, inv, top, centre, at_top, total != 0, tl.load(mix_ptr), tl.load(mix_ptr + 1), each)
     for i in range(count):
         cols = start + i * BLOCK + tl.arange(0, BLOCK)
         _write_kl(
@@ -293,25 +297,26 @@ def _write_logprob(numbers, row_ptr, out_ptr, cap_ptr, cols, V, HAS_CAP: tl.cons
     _store_dlogits(out_ptr + cols, g, z, cap_ptr, weighted, cols < V, HAS_CAP, MASKED)
 
 
-@triton.jit(do_not_specialize=VARYING)
+@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=SLICES)
 def _logprob_grad_kernel(
     z_ptr,  # (R, V)
     dlogits_ptr,  # (R, V), may be the logits
     token_ptr,  # (R,) int64
     top_ptr,  # (R,) int64
     max_ptr,  # (R,)
-    inv_ptr,  # (R,) 1 / (1 + tail)
-    mean_ptr,  # (R,) expectation of z - max
+    tail_ptr,  # (R,)
+    moment_ptr,  # (R,)
     dlogp_ptr,  # (R,)
     dentropy_ptr,  # (R,)
     dlse_ptr,  # (R,)
-    at_top_ptr,  # (R,)
-    cap_ptr,  # (1,)
+    cap_ptr,  # (1,), or (R,) with cap_step 1
+    cap_step,
     out_stride,
     V,
     stride,
     count,
     rest,
+    first,
     HAS_CAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -319,13 +324,19 @@ def _logprob_grad_kernel(
     split = tl.program_id(1)
     row_ptr, out_ptr = z_ptr + row * stride, dlogits_ptr + row * out_stride
     start = split * count * BLOCK
-    token, top = tl.load(token_ptr + row), tl.load(top_ptr + row).to(tl.int32)
+    cap_ptr += row * cap_step
+    token, top = tl.load(token_ptr + row) - first, tl.load(top_ptr + row) - first
+    z_max, tail = tl.load(max_ptr + row), tl.load(tail_ptr + row)
+    dlogp, dentropy, dlse = tl.load(dlogp_ptr + row), tl.load(dentropy_ptr + row), tl.load(dlse_ptr + row)
+    inv = 1 / (1 + tail)
+    mean = tl.load(moment_ptr + row) * inv
+    # at the top token, from the tail, where its terms cancel
+    at_top = dlogp * tl.where(token == top, tail * inv, -inv) + (dentropy * mean + dlse) * inv
     # an id beyond 32 bits is no column
     token = tl.where((token >= 0) & (token < V), token, -1).to(tl.int32)
-    z_max, inv, mean = tl.load(max_ptr + row), tl.load(inv_ptr + row), tl.load(mean_ptr + row)
-    dlogp, dentropy, dlse = tl.load(dlogp_ptr + row), tl.load(dentropy_ptr + row), tl.load(dlse_ptr + row)
+    top = tl.where((top >= 0) & (top < V), top, -1).to(tl.int32)
     weighted = (dlogp != 0) | (dentropy != 0) | (dlse != 0)
-    numbers = (token, top, z_max, inv, mean, dlogp, dentropy, dlse, tl.load(at_top_ptr + row), weighted)
+    numbers = (token, top, z_max, inv, mean, dlogp, dentropy, dlse, at_top, weighted)
     for i in range(count):
         cols = start + i * BLOCK + tl.arange(0, BLOCK)
         _write_logprob(numbers, row_ptr, out_ptr, cap_ptr, cols, V, HAS_CAP, False)
@@ -343,7 +354,7 @@ def _teacher_rows(z_ptr, heads, row, stride_head, stride, T: tl.constexpr, TP: t
     return j, z_ptr + head * stride_head + row * stride
 
 
-@triton.jit(do_not_specialize=VARYING[:3])
+@triton.jit(do_not_specialize=VARYING)
 def _overlap_kernel(
     z_ptr,  # (H, R, V)
     least_ptr,  # (R,) the student's k-th largest logit

@@ -8,13 +8,19 @@ Nothing is exchanged between threads inside a loop over tiles. A tile is U spans
 thread of a GPU, reads four neighbouring columns of each span, so that its largest logit needs no other thread, and
 keeps the statistics of `stats.py` of what it has seen, measured from its own top token. Lanes are joined once a piece.
 A piece is `count` whole tiles; the last piece of a row takes `rest` more, which may reach beyond V.
+
+What a piece leaves is (F, S, R), a field of `finish.py` a plane; its ids count from the rank's `first` token.
 """
 
 import triton
 import triton.language as tl
 
 # numbers that differ from chunk to chunk: no compilation of their own for a 1 or a multiple of 16
-VARYING = ("R", "student", "heads", "count", "rest")
+VARYING = ("R", "S", "student", "heads", "count", "rest", "first", "place", "weight_stride", "value_stride", "cap_step")
+# a chunk's part of what is kept of all tokens starts anywhere
+SLICES = ("weight_ptr", "value_ptr", "token_ptr", "cap_ptr", "dlogp_ptr", "dentropy_ptr", "dlse_ptr") + tuple(
+    f"{name}_ptr" for name in ("max", "tail", "top", "moment", "logit")
+)
 LOG2E = tl.constexpr(1.4426950408889634)
 # the maximum of a lane that has seen no mass yet, and what is read beyond the row: finite, so that differences are
 LOWEST = tl.constexpr(-3e38)
@@ -27,6 +33,16 @@ def _exp(x):
     if x.dtype == tl.float64:
         return tl.exp(x)
     return tl.exp2(x * LOG2E)
+
+
+@triton.jit
+def _as_number(ids, pointer):
+    """An id's bits as a number of what `pointer` points to, so that one buffer holds both."""
+    if pointer.dtype.element_ty == tl.float64:
+        number = ids.to(tl.int64).to(tl.float64, bitcast=True)
+    else:
+        number = ids.to(tl.int32).to(tl.float32, bitcast=True)
+    return number
 
 
 @triton.jit
@@ -173,14 +189,7 @@ def _joined_moment(joined, pair, side, row_ptr, other_ptr, start, stop, tiles, L
 @triton.jit(do_not_specialize=VARYING)
 def _kl_stats_kernel(
     z_ptr,  # (H, R, V)
-    max_ptr,  # (R, S)
-    top_ptr,  # (R, S) int32
-    tail_ptr,  # (R, S)
-    moment_ptr,  # (T, R, S)
-    t_max_ptr,  # (T, R, S)
-    t_top_ptr,  # (T, R, S) int32
-    t_tail_ptr,  # (T, R, S)
-    t_moment_ptr,  # (T, R, S)
+    pieces_ptr,  # (3 + 7 T, S, R): max, tail, top; of each teacher cross, moment, then its own five
     R,
     V,
     stride,
@@ -189,6 +198,8 @@ def _kl_stats_kernel(
     heads,
     count,
     rest,
+    first,
+    place,  # of the first of these teachers
     T: tl.constexpr,
     BITS: tl.constexpr,
     LANES: tl.constexpr,
@@ -216,20 +227,23 @@ def _kl_stats_kernel(
         stop, tiles = V, (count + rest) * U
     side, teachers, pairs, backs = state
     joined = _join(side, s_ptr, start, V, LANES, U)
-    here = row * S + split
-    tl.store(max_ptr + here, joined[0])
-    tl.store(top_ptr + here, joined[1])
-    tl.store(tail_ptr + here, joined[2])
+    plane = S * R.to(tl.int64)
+    here = pieces_ptr + split * R.to(tl.int64) + row
+    tl.store(here, joined[0])
+    tl.store(here + plane, joined[2])
+    tl.store(here + 2 * plane, _as_number(joined[1] + first, pieces_ptr))
     for j in tl.static_range(T):
-        each = here + j * R.to(tl.int64) * S
+        each = here + (3 + 7 * (place + j)) * plane
         moment = _joined_moment(joined, pairs[j], side, s_ptr, t_ptrs[j], start, stop, tiles, LANES)
         theirs = _join(teachers[j], t_ptrs[j], start, V, LANES, U)
         back = _joined_moment(theirs, backs[j], teachers[j], t_ptrs[j], s_ptr, start, stop, tiles, LANES)
-        tl.store(moment_ptr + each, moment)
-        tl.store(t_max_ptr + each, theirs[0])
-        tl.store(t_top_ptr + each, theirs[1])
-        tl.store(t_tail_ptr + each, theirs[2])
-        tl.store(t_moment_ptr + each, back)
+        tl.store(each, tl.load(t_ptrs[j] + joined[1]))
+        tl.store(each + plane, moment)
+        tl.store(each + 2 * plane, theirs[0])
+        tl.store(each + 3 * plane, theirs[2])
+        tl.store(each + 4 * plane, _as_number(theirs[1] + first, pieces_ptr))
+        tl.store(each + 5 * plane, tl.load(s_ptr + theirs[1]))
+        tl.store(each + 6 * plane, back)
 
 
 @triton.jit
@@ -244,17 +258,17 @@ def _fold_own(state, row_ptr, at, V, LANES: tl.constexpr, U: tl.constexpr, MASKE
     return new, scale * (moment + whole * (side[0] - new[0])) + tl.sum(terms, 1)
 
 
-@triton.jit(do_not_specialize=VARYING)
+@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=SLICES)
 def _logprob_stats_kernel(
     z_ptr,  # (R, V)
-    max_ptr,  # (R, S)
-    top_ptr,  # (R, S) int32
-    tail_ptr,  # (R, S)
-    moment_ptr,  # (R, S)
+    pieces_ptr,  # (5, S, R): max, tail, top, the logit of the row's token or -inf, moment
+    token_ptr,  # (R,) int64
+    R,
     V,
     stride,
     count,
     rest,
+    first,
     LANES: tl.constexpr,
     U: tl.constexpr,
 ):
@@ -278,8 +292,12 @@ def _logprob_stats_kernel(
     moment = tl.sum(factor * (lanes + (side[2] + side[3]) * (side[0] - largest)), 0)
     if moment - moment != 0:
         moment = _exact_moment(joined, row_ptr, row_ptr, start, stop, tiles, True, LANES)
-    here = row * S + split
-    tl.store(max_ptr + here, largest)
-    tl.store(top_ptr + here, top)
-    tl.store(tail_ptr + here, tail)
-    tl.store(moment_ptr + here, moment)
+    plane = S * R.to(tl.int64)
+    here = pieces_ptr + split * R.to(tl.int64) + row
+    token = tl.load(token_ptr + row) - first
+    mine = (token >= start) & (token < tl.minimum(stop, V))
+    tl.store(here, largest)
+    tl.store(here + plane, tail)
+    tl.store(here + 2 * plane, _as_number(top + first, pieces_ptr))
+    tl.store(here + 3 * plane, tl.load(row_ptr + tl.where(mine, token, 0), mask=mine, other=float("-inf")))
+    tl.store(here + 4 * plane, moment)

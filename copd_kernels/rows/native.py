@@ -13,16 +13,20 @@ from .torch import overlap
 DIVERGENCES = ("reverse", "forward", "symmetric", "jsd")
 
 
-def logprob(z: Tensor) -> Side:
+def logprob(z: Tensor, tokens: Tensor | None = None, out: Side | None = None) -> Side:
     _, R, V = z.shape
-    max, tail, moment = (z.new_empty(R) for _ in range(3))
-    top = torch.empty(R, dtype=torch.int64, device=z.device)
-    side = [x.data_ptr() for x in (max, tail, moment)]
+    if out is None:
+        out = Side(*(torch.empty(R, dtype=torch.int64 if i == 1 else z.dtype, device=z.device) for i in range(5)))
+    side = [x.data_ptr() for x in (out.max, out.tail, out.moment)]
     with torch.cuda.device_of(z):
         _C.logprob(
-            z.data_ptr(), name(z), R, V, side, top.data_ptr(), 0, [], *gradient(z, None, None), *place(z), *gaps(z)
+            z.data_ptr(), name(z), R, V, side, out.top.data_ptr(), 0, [], *gradient(z, None, None), *place(z), *gaps(z)
         )
-    return Side(max, top, tail, torch.zeros_like(max), moment)
+    if tokens is None:
+        out.cross.zero_()
+    else:
+        torch.gather(z[0], 1, tokens.unsqueeze(1), out=out.cross.unsqueeze(1))
+    return out
 
 
 def logprob_grad(
@@ -64,9 +68,9 @@ def kl(
     weight: Tensor | None = None,
     cap: float | None = None,
     dlogits: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    value = z.new_empty(len(teachers), z.shape[1])
-    weight = None if weight is None else weight.contiguous()
+    value = z.new_empty(len(teachers), z.shape[1]) if out is None else out
     cap, address, kind = gradient(z, cap, dlogits)
     with torch.cuda.device_of(z):
         _C.kl(
@@ -83,6 +87,7 @@ def kl(
             kind,
             value.data_ptr(),
             *place(z),
+            *(x.stride(0) if x is not None and len(teachers) > 1 else 0 for x in (weight, value)),
             *gaps(z, dlogits),
         )
     return value

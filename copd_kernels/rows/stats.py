@@ -35,7 +35,7 @@ class Side(NamedTuple):
     tail: Tensor
     """sum over all other tokens of exp(z - max)"""
     cross: Tensor
-    """the other distribution's logit at `top`"""
+    """the other distribution's logit at `top`; of a row beside no other, the logit of its token"""
     moment: Tensor
     """sum over all other tokens of exp(z - max) ((z - other) - (max - cross))"""
 
@@ -61,8 +61,17 @@ class Side(NamedTuple):
         return self._replace(tail=self.tail + 0 * self.max)
 
 
+def into(out: Side | None, side: Side) -> Side:
+    """side, in the memory of `out` if there is any."""
+    if out is None:
+        return side
+    for to, x in zip(out, side, strict=True):
+        to.copy_(x)
+    return out
+
+
 class Row(NamedTuple):
-    """Statistics of whole rows as the stages of `split` read them; `student.top` counts columns."""
+    """Statistics of whole rows as the stages of `split.py` read them; `student.top` counts columns."""
 
     student: Side
     teacher: Side
@@ -119,9 +128,9 @@ def divergence_from(divergence: str, student: Side, teacher: Side) -> Tensor:
     return excess(student, teacher) + excess(teacher, student) + 0 * gap
 
 
-def logprob(side: Side, logit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """log p of the token that has `logit`, entropy and logsumexp, from a row's statistics beside no other."""
-    return (logit - side.max) - side.norm, side.norm - side.mean, side.lse
+def logprob(side: Side) -> tuple[Tensor, Tensor, Tensor]:
+    """log p of the row's token, entropy and logsumexp, from a row's statistics beside no other."""
+    return (side.cross - side.max) - side.norm, side.norm - side.mean, side.lse
 
 
 def logprob_at_top(side: Side, tokens: Tensor, dlogp: Tensor, dentropy: Tensor, dlse: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .stats import FAR, KLGradient, Row, Side, divergence_from, kl_gradient, log_mix, logprob_at_top, norm_gap
+from .stats import FAR, KLGradient, Row, Side, divergence_from, into, kl_gradient, log_mix, logprob_at_top, norm_gap
 
 # one block of rows of one array: what a CPU's cache holds several of; on a GPU, enough to fill it
 BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 25}
@@ -28,8 +28,10 @@ def blocks(z: Tensor, arrays: int) -> Iterator[tuple[slice, list[Tensor]]]:
         yield slice(start, stop), list(scratch[:, : stop - start])
 
 
-def logprob(z: Tensor) -> Side:
-    return Side(*map(torch.cat, zip(*(own_side(z[0, rows], *scratch) for rows, scratch in blocks(z, 2)), strict=True)))
+def logprob(z: Tensor, tokens: Tensor | None = None, out: Side | None = None) -> Side:
+    sides = (own_side(z[0, rows], *scratch) for rows, scratch in blocks(z, 2))
+    side = Side(*map(torch.cat, zip(*sides, strict=True)))
+    return into(out, side if tokens is None else side._replace(cross=gathered(z[0], tokens)))
 
 
 def logprob_grad(
@@ -79,8 +81,9 @@ def kl(
     weight: Tensor | None = None,
     cap: float | Tensor | None = None,
     dlogits: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    value = z.new_empty(len(teachers), z.shape[1])
+    value = z.new_empty(len(teachers), z.shape[1]) if out is None else out
     for rows, scratch in blocks(z, 5):
         w = None if dlogits is None or weight is None else weight[:, rows]
         others = [z[j, rows] for j in teachers]
@@ -178,7 +181,7 @@ def _jsd(
 
 
 def sides(z: Tensor, student: int, teachers: list[int]) -> tuple[Side, Side]:
-    """A stage of `split`, as are `jsd_sums` and `kl_grad`: what `kl` does at once where it has whole rows."""
+    """A stage of `split.py`, as are `jsd_sums` and `kl_grad`: what `kl` does at once where it has whole rows."""
     found = []
     for rows, scratch in blocks(z, 5):
         s, t, _ = _kl(z[student, rows], [z[j, rows] for j in teachers], "symmetric", None, scratch)

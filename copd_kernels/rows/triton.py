@@ -1,8 +1,9 @@
 """Rows in Triton: CUDA, or any device under the interpreter.
 
-A row is split over programs and read in blocks, never held whole. Each piece leaves its statistics, `stats.merge` joins
-them, and a second sweep writes the gradient: every logit is read twice (three times for the JSD, whose sums need both
-normalisers), every dlogit written once. No atomics: the order of every sum is fixed.
+A row is split over programs and read in blocks, never held whole. Each piece leaves its statistics, one small kernel
+makes whole rows of them and what the next sweep needs to know, and a second sweep writes the gradient: every logit is
+read twice (three times for the JSD, whose sums need both normalisers), every dlogit written once. No atomics: the order
+of every sum is fixed. Ranks that share a vocabulary exchange pieces, so that theirs are simply more.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import torch
 import triton
 from torch import Tensor
 
-from ..shard import WHOLE
+from ..shard import Shard
 from . import HEAD_BITS
+from .finish import _jsd_finish_kernel, _kl_finish_kernel, _logprob_finish_kernel
 from .kernels import (
     _jsd_sums_kernel,
     _kl_grad_kernel,
@@ -25,8 +27,8 @@ from .kernels import (
     _softcap_kernel,
 )
 from .lanes import _kl_stats_kernel, _logprob_stats_kernel
-from .split import in_stages
-from .stats import KLGradient, Row, Side, divergence_from, logprob_at_top, merge
+from .split import shared_overlap
+from .stats import Side
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -35,9 +37,9 @@ def on_its_device(f: F) -> F:
     """Runs f with z's GPU current: Triton launches on the current device and stream, wherever the tensors are."""
 
     @functools.wraps(f)
-    def run(z: Tensor, *arguments: Any, **options: Any) -> Any:
+    def run(self: Rows, z: Tensor, *arguments: Any, **options: Any) -> Any:
         with torch.cuda.device_of(z):
-            return f(z, *arguments, **options)
+            return f(self, z, *arguments, **options)
 
     return cast(F, run)
 
@@ -51,180 +53,212 @@ TILE = 2048
 COUNT_TILE = 2048
 # enough programs to fill a GPU several times over
 PROGRAMS = 4096
+# rows that a program finishes, one a thread
+FINISHED = 32
 
 
-@on_its_device
-def logprob(z: Tensor) -> Side:
-    _, R, V = z.shape
-    U = spans(z)
-    S, *tiles = pieces(R, V, 4 * LANES * U)
-    m, tail, moment = (z.new_empty(R, S) for _ in range(3))
-    top = torch.empty(R, S, dtype=torch.int32, device=z.device)
-    _logprob_stats_kernel[(R, S)](
-        z, m, top, tail, moment, V, z.stride(1), *tiles, LANES=LANES, U=U, num_warps=NUM_WARPS, maxnreg=registers(z, 1)
-    )
-    return merge(Side(m, ids(top, V), tail, torch.zeros_like(m), moment)).distribution()
+class Rows:
+    """The functions of this backend for one operator: small memory is taken for its first chunk, and once."""
+
+    def __init__(self, shard: str = "") -> None:
+        self.shard = Shard.read(shard)
+        self.memory: dict[object, Tensor] = {}
+
+    @on_its_device
+    def logprob(self, z: Tensor, tokens: Tensor | None = None, out: Side | None = None) -> Side:
+        _, R, V = z.shape
+        U = spans(z)
+        S, *tiles = pieces(R, V, 4 * LANES * U, self.shard.columns)
+        if tokens is None:
+            tokens = self.constant(z, 0, R, dtype=torch.int64)
+        if out is None:
+            out = Side(*(torch.empty(R, dtype=torch.int64 if i == 1 else z.dtype, device=z.device) for i in range(5)))
+        found = self.planes("pieces", z, 5, S)
+        _logprob_stats_kernel[(R, S)](
+            z, found, tokens, R, V, z.stride(1), *tiles, self.shard.first, LANES=LANES, U=U, num_warps=NUM_WARPS,
+            maxnreg=registers(z, 1),
+        )  # fmt: skip
+        found = self.of_all_ranks(found)
+        _logprob_finish_kernel[finishers(R)](found, *out, R, found.shape[1], BLOCK=FINISHED, num_warps=1)
+        return out
+
+    @on_its_device
+    def logprob_grad(
+        self,
+        z: Tensor,
+        side: Side,
+        tokens: Tensor,
+        dlogp: Tensor,
+        dentropy: Tensor,
+        dlse: Tensor,
+        cap: float | Tensor | None,
+        dlogits: Tensor,
+    ) -> None:
+        _, R, V = z.shape
+        BLOCK = block(z, 1)
+        S, *tiles = pieces(R, V, BLOCK)
+        numbers = (side.top, side.max, side.tail, side.moment, dlogp, dentropy, dlse)
+        _logprob_grad_kernel[(R, S)](
+            z, dlogits, tokens.contiguous(), *(x.contiguous() for x in numbers), *self.cap_of(z, cap),
+            dlogits.stride(0), V, z.stride(1), *tiles, self.shard.first, HAS_CAP=cap is not None, BLOCK=BLOCK,
+            num_warps=NUM_WARPS,
+        )  # fmt: skip
+
+    @on_its_device
+    def kl(
+        self,
+        z: Tensor,
+        student: int,
+        teachers: list[int],
+        divergence: str,
+        beta: float,
+        weight: Tensor | None = None,
+        cap: float | Tensor | None = None,
+        dlogits: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        found = self.sides(z, student, teachers)
+        weight = None if dlogits is None else weight
+        value, numbers = self.finish(z, found, divergence, beta, weight, out)
+        T, R, V = len(teachers), *z.shape[1:]
+        mix, place, sizes = self.mix(z, beta), placed(z, student, teachers), shape(z, T)
+        if divergence == "jsd":
+            BLOCK = sums_block(z, T)
+            S, *tiles = pieces(R, V, BLOCK, self.shard.columns)
+            sums = self.planes("sums", z, 3 * T, S)
+            _jsd_sums_kernel[(R, S)](
+                z, numbers, mix, sums, *place, *tiles, ONE_SIDED=one_sided(beta), BLOCK=BLOCK, **sizes
+            )
+            sums = self.of_all_ranks(sums)
+            _jsd_finish_kernel[finishers(R)](
+                sums, numbers, *strided(weight, value), mix, R, sums.shape[1], *strides(weight, value),
+                WEIGHTED=weight is not None, T=T, BLOCK=FINISHED, num_warps=1,
+            )  # fmt: skip
+        if weight is not None and dlogits is not None:
+            BLOCK = block(z, T)
+            S, *tiles = pieces(R, V, BLOCK)
+            _kl_grad_kernel[(R, S)](
+                z, dlogits, numbers, mix, *self.cap_of(z, cap), dlogits.stride(0), *place, *tiles, **kind(divergence),
+                ONE_SIDED=one_sided(beta), HAS_CAP=cap is not None, BLOCK=BLOCK, **sizes,
+            )  # fmt: skip
+        return value
+
+    def agreement(self, z: Tensor, student: int, teachers: list[int], k: int) -> tuple[Tensor, Tensor, Tensor]:
+        found = self.sides(z, student, teachers)
+        forward, _ = self.finish(z, found, "forward", 0.5)
+        reverse, _ = self.finish(z, found, "reverse", 0.5)
+        count = functools.partial(shared_overlap, self.shard) if self.shard.split else self.overlap
+        return count(z, student, teachers, k), forward, reverse
+
+    @on_its_device
+    def overlap(self, z: Tensor, student: int, teachers: list[int], k: int) -> Tensor:
+        R = z.shape[1]
+        T, place = len(teachers), placed(z, student, teachers)
+        BLOCK = COUNT_TILE // triton.next_power_of_2(T)
+        least, room = boundary(z[student], k)
+        t_least, t_room = (torch.stack(x) for x in zip(*(boundary(z[j], k) for j in teachers), strict=True))
+        common = torch.empty(T, R, dtype=torch.int32, device=z.device)
+        shape = {"T": T, "TP": triton.next_power_of_2(T), "BITS": HEAD_BITS, "BLOCK": BLOCK}
+        _overlap_kernel[(R,)](z, least, room, t_least, t_room, common, *place, **shape, num_warps=NUM_WARPS)
+        return common.to(z.dtype) / k
+
+    @on_its_device
+    def softcap(self, z: Tensor, cap: float) -> None:
+        R, V = z.shape
+        BLOCK = min(TILE, max(16, triton.next_power_of_2(V)))
+        grid = R, triton.cdiv(V, BLOCK)
+        _softcap_kernel[grid](z, self.constant(z, cap, 1), V, z.stride(0), BLOCK=BLOCK, num_warps=NUM_WARPS)
+
+    @on_its_device
+    def sides(self, z: Tensor, student: int, teachers: list[int]) -> Tensor:
+        """(3 + 7 T, S, R) of `finish.py`: the student beside each teacher and each teacher beside the student."""
+        _, R, V = z.shape
+        T, U = len(teachers), spans(z, len(teachers))
+        S, *tiles = pieces(R, V, 4 * LANES * U, self.shard.columns)
+        found = self.planes("pieces", z, 3 + 7 * T, S)
+        # statistics of several teachers do not fit the registers in fp64
+        step = 1 if z.dtype == torch.float64 else T
+        for j in range(0, T, step):
+            place = placed(z, student, teachers[j : j + step])
+            _kl_stats_kernel[(R, S)](
+                z, found, *place, *tiles, self.shard.first, j, T=step, BITS=HEAD_BITS, LANES=LANES, U=U,
+                num_warps=NUM_WARPS,
+            )  # fmt: skip
+        return self.of_all_ranks(found)
+
+    @on_its_device
+    def finish(
+        self,
+        z: Tensor,
+        found: Tensor,
+        divergence: str,
+        beta: float,
+        weight: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(T, R) of values, still to come for the JSD, and the numbers of `finish.py`."""
+        fields, S, R = found.shape
+        T = (fields - 3) // 7
+        numbers = self.planes("numbers", z, 5 + 5 * T, 1)
+        value = z.new_empty(T, R) if out is None else out
+        _kl_finish_kernel[finishers(R)](
+            found, numbers, *strided(weight, value), self.mix(z, beta), R, S, self.shard.first,
+            *strides(weight, value), **kind(divergence), ONE_SIDED=one_sided(beta), WEIGHTED=weight is not None, T=T,
+            BLOCK=FINISHED, num_warps=1,
+        )  # fmt: skip
+        return value, numbers
+
+    def of_all_ranks(self, found: Tensor) -> Tensor:
+        """(F, S, R) of mine become (F, P S, R), ranks in their order."""
+        if not self.shard.split:
+            return found
+        return self.shard.gather(found).movedim(0, 1).flatten(1, 2).contiguous()
+
+    def planes(self, name: str, z: Tensor, fields: int, S: int) -> Tensor:
+        """(fields, S, R), its memory the same in every chunk; enough for however few rows the last chunk has."""
+        R = z.shape[1]
+        memory = self.memory.get((name, z.dtype))
+        if memory is None or memory.numel() < fields * S * R:
+            # more than `pieces` makes of R rows or fewer
+            most = R if S == 1 and name == "numbers" else PROGRAMS + R
+            memory = self.memory[name, z.dtype] = z.new_empty(fields * most)
+        return memory[: fields * S * R].view(fields, S, R)
+
+    def constant(self, z: Tensor, value: float, count: int, dtype: torch.dtype | None = None) -> Tensor:
+        """(count,) times a number as the kernels read it: in z's dtype, where an argument would be rounded to fp32."""
+        key = value, dtype or z.dtype
+        memory = self.memory.get(key)
+        if memory is None or len(memory) < count:
+            memory = self.memory[key] = torch.full((count,), value, dtype=dtype or z.dtype, device=z.device)
+        return memory[:count]
+
+    def mix(self, z: Tensor, beta: float) -> Tensor:
+        """beta and 1 - beta"""
+        key = "mix", beta, z.dtype
+        if key not in self.memory:
+            self.memory[key] = torch.cat([self.constant(z, share, 1) for share in (beta, 1 - beta)])
+        return self.memory[key]
+
+    def cap_of(self, z: Tensor, cap: float | Tensor | None) -> tuple[Tensor, int]:
+        """Where the rows' softcap is, and the way to the next row's."""
+        return (cap, 1) if isinstance(cap, Tensor) else (self.constant(z, cap or 0.0, 1), 0)
 
 
-@on_its_device
-def logprob_grad(
-    z: Tensor,
-    side: Side,
-    tokens: Tensor,
-    dlogp: Tensor,
-    dentropy: Tensor,
-    dlse: Tensor,
-    cap: float | None,
-    dlogits: Tensor,
-) -> None:
-    _, R, V = z.shape
-    at_top = logprob_at_top(side, tokens, dlogp, dentropy, dlse)
-    BLOCK = block(z, 1)
-    S, *tiles = pieces(R, V, BLOCK)
-    _logprob_grad_kernel[(R, S)](
-        z,
-        dlogits,
-        tokens.contiguous(),
-        side.top,
-        side.max,
-        side.p_top,
-        side.mean,
-        dlogp.contiguous(),
-        dentropy.contiguous(),
-        dlse.contiguous(),
-        at_top,
-        number(z, cap),
-        dlogits.stride(0),
-        V,
-        z.stride(1),
-        *tiles,
-        HAS_CAP=cap is not None,
-        BLOCK=BLOCK,
-        num_warps=NUM_WARPS,
-    )
+def kind(divergence: str) -> dict[str, bool]:
+    return {"REVERSE": divergence in ("reverse", "symmetric"), "FORWARD": divergence in ("forward", "symmetric")}
 
 
-@on_its_device
-def sides(z: Tensor, student: int, teachers: list[int]) -> tuple[Side, Side]:
-    """The student beside each teacher and each teacher beside the student, (T, R)."""
-    _, R, V = z.shape
-    T, U, place = len(teachers), spans(z, len(teachers)), placed(z, student, teachers)
-    if T > 1 and z.dtype == torch.float64:  # whose statistics of several teachers do not fit the registers
-        alone = [sides(z, student, [teacher]) for teacher in teachers]
-        cross, moment = (torch.cat([getattr(s, name) for s, _ in alone]) for name in ("cross", "moment"))
-        return alone[0][0]._replace(cross=cross, moment=moment), Side(
-            *map(torch.cat, zip(*(t for _, t in alone), strict=True))
-        )
-    S, *tiles = pieces(R, V, 4 * LANES * U)
-    shape = {"T": T, "BITS": HEAD_BITS, "LANES": LANES, "U": U, "num_warps": NUM_WARPS}
-    m, tail = z.new_empty(R, S), z.new_empty(R, S)
-    moment, t_m, t_tail, t_moment = (z.new_empty(T, R, S) for _ in range(4))
-    top = torch.empty(R, S, dtype=torch.int32, device=z.device)
-    t_top = torch.empty(T, R, S, dtype=torch.int32, device=z.device)
-    _kl_stats_kernel[(R, S)](z, m, top, tail, moment, t_m, t_top, t_tail, t_moment, *place, *tiles, **shape)
-    top, t_top = ids(top, V), ids(t_top, V)
-    cross = torch.stack([z[j].gather(1, top) for j in teachers])
-    t_cross = z[student].expand(T, R, V).gather(2, t_top)
-    s = merge(Side(m, top, tail, cross, moment)).distribution()
-    t = merge(Side(t_m, t_top, t_tail, t_cross, t_moment)).distribution()
-    return s, t
+def finishers(R: int) -> tuple[int]:
+    return (triton.cdiv(R, FINISHED),)
 
 
-@on_its_device
-def jsd_sums(z: Tensor, student: int, teachers: list[int], row: Row) -> Tensor:
-    s, t = row.student, row.teacher
-    T, R = t.tail.shape
-    BLOCK = sums_block(z, T)
-    S, *tiles = pieces(R, z.shape[2], BLOCK)
-    sums = z.new_empty(3, T, R, S)
-    _jsd_sums_kernel[(R, S)](
-        z, s.max, s.top, s.p_top, t.max, t.p_top, row.gap.contiguous(), row.offset, *shares(z, row.beta), *sums,
-        *placed(z, student, teachers), *tiles, ONE_SIDED=one_sided(row.beta), BLOCK=BLOCK, **shape(z, T),
-    )  # fmt: skip
-    return sums.sum(-1)
+def strided(weight: Tensor | None, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Both (T, R), a teacher's numbers one after another; without weights there is nothing to read."""
+    return value if weight is None else weight, value
 
 
-@on_its_device
-def kl_grad(
-    z: Tensor,
-    student: int,
-    teachers: list[int],
-    divergence: str,
-    row: Row,
-    weight: Tensor,
-    cap: float | None,
-    gradient: KLGradient,
-    dlogits: Tensor,
-) -> None:
-    s, t = row.student, row.teacher
-    T, R = t.tail.shape
-    BLOCK = block(z, T)
-    S, *tiles = pieces(R, z.shape[2], BLOCK)
-    _kl_grad_kernel[(R, S)](
-        z,
-        dlogits,
-        s.max,
-        s.top,
-        s.p_top,
-        gradient.centre,
-        gradient.at_top,
-        weight.contiguous(),
-        row.offset,
-        t.max,
-        torch.where(weight == 0, 0, weight * t.p_top),
-        row.gap.contiguous(),
-        *shares(z, row.beta),
-        number(z, cap),
-        dlogits.stride(0),
-        *placed(z, student, teachers),
-        *tiles,
-        REVERSE=divergence in ("reverse", "symmetric"),
-        FORWARD=divergence in ("forward", "symmetric"),
-        ONE_SIDED=one_sided(row.beta),
-        HAS_CAP=cap is not None,
-        BLOCK=BLOCK,
-        **shape(z, T),
-    )
-
-
-def kl(
-    z: Tensor,
-    student: int,
-    teachers: list[int],
-    divergence: str,
-    beta: float,
-    weight: Tensor | None = None,
-    cap: float | None = None,
-    dlogits: Tensor | None = None,
-) -> Tensor:
-    return in_stages((sides, jsd_sums, kl_grad), WHOLE, z, student, teachers, divergence, beta, weight, cap, dlogits)
-
-
-@on_its_device
-def agreement(z: Tensor, student: int, teachers: list[int], k: int) -> tuple[Tensor, Tensor, Tensor]:
-    s, t = sides(z, student, teachers)
-    common = overlap(z, student, teachers, k)
-    return common, divergence_from("forward", s, t), divergence_from("reverse", s, t)
-
-
-@on_its_device
-def overlap(z: Tensor, student: int, teachers: list[int], k: int) -> Tensor:
-    R = z.shape[1]
-    T, place = len(teachers), placed(z, student, teachers)
-    BLOCK = COUNT_TILE // triton.next_power_of_2(T)
-    least, room = boundary(z[student], k)
-    t_least, t_room = (torch.stack(x) for x in zip(*(boundary(z[j], k) for j in teachers), strict=True))
-    common = torch.empty(T, R, dtype=torch.int32, device=z.device)
-    shape = {"T": T, "TP": triton.next_power_of_2(T), "BITS": HEAD_BITS, "BLOCK": BLOCK}
-    _overlap_kernel[(R,)](z, least, room, t_least, t_room, common, *place, **shape, num_warps=NUM_WARPS)
-    return common.to(z.dtype) / k
-
-
-@on_its_device
-def softcap(z: Tensor, cap: float) -> None:
-    R, V = z.shape
-    BLOCK = min(TILE, max(16, triton.next_power_of_2(V)))
-    _softcap_kernel[(R, triton.cdiv(V, BLOCK))](z, number(z, cap), V, z.stride(0), BLOCK=BLOCK, num_warps=NUM_WARPS)
+def strides(weight: Tensor | None, value: Tensor) -> list[int]:
+    return [x.stride(0) for x in strided(weight, value)]
 
 
 def boundary(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -234,11 +268,14 @@ def boundary(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return least, (largest == least.unsqueeze(1)).sum(1)
 
 
-def pieces(R: int, V: int, tile: int) -> tuple[int, int, int]:
-    """(pieces a row, whole tiles a piece, tiles that the last piece has beside them)."""
-    whole = V // tile
-    count = triton.cdiv(whole, triton.cdiv(PROGRAMS, R)) if whole else 0
-    S = max(1, whole // count) if count else 1
+def pieces(R: int, V: int, tile: int, most: int = 0) -> tuple[int, int, int]:
+    """(pieces a row, whole tiles a piece, tiles that the last piece has beside them).
+
+    Ranks that share a vocabulary make as many pieces each as the one with the `most` columns.
+    """
+    whole = max(V, most) // tile
+    S = max(1, whole // triton.cdiv(whole, triton.cdiv(PROGRAMS, R))) if whole else 1
+    count = V // tile // S
     return S, count, triton.cdiv(V - S * count * tile, tile)
 
 
@@ -277,23 +314,9 @@ def spans(z: Tensor, T: int = 1) -> int:
     return 1 if T > 2 or z.dtype == torch.float64 else SPANS
 
 
-def shares(z: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    return number(z, beta), number(z, 1 - beta)
-
-
 def one_sided(beta: float) -> bool:
     """As in `stats.log_mix`."""
     return not 0.1 <= beta <= 0.9
-
-
-def number(z: Tensor, value: float | None) -> Tensor:
-    """A number as the kernels read it: in z's dtype, where an argument would be rounded to fp32."""
-    return z.new_full((1,), value or 0.0)
-
-
-def ids(top: Tensor, V: int) -> Tensor:
-    """int64 ids; a row of NaN has no top token, and any valid id will do."""
-    return top.to(torch.int64).clamp_(0, V - 1)
 
 
 def placed(z: Tensor, student: int, teachers: list[int]) -> tuple[int, ...]:

@@ -64,7 +64,7 @@ void kl_as(const void* z, int heads, long R, long V, long stride, int student, c
         auto work = work_on<S, decltype(out)>(z, R, V, stride, cap, dlogits);
         work.student = student, work.T = T, work.mixture = Mixture<S>(beta), work.weight = (const S*)weight;
         std::copy(teachers, teachers + T, work.teachers);
-        work.value = (S*)value;
+        work.value = (S*)value, work.weight_stride = work.value_stride = R;
         kl(divergence, work, heads, clusters, shared);
     });
 }

@@ -7,6 +7,21 @@ from bench import launches
 pytest.importorskip("triton")
 native = pytest.importorskip("copd_kernels._C")
 
+# a softcap is one launch more for each head, so is a bias; the gradient of the student's bias is two
+BESIDE_GEMMS = {
+    "kl, T = 1, reverse": {"triton": 4, "native": 2},
+    "kl, T = 4, symmetric": {"triton": 4, "native": 2},
+    "kl, T = 4, jsd": {"triton": 6, "native": 2},
+    "kl, routed, jsd": {"triton": 6, "native": 2},
+    "kl, a temperature a token, forward": {"triton": 6, "native": 4},
+    "kl, T = 4, forward, softcap": {"triton": 9, "native": 7},
+    "kl, T = 1, reverse, bias, softcap": {"triton": 10, "native": 8},
+    "mutual_kl, K = 3, symmetric": {"triton": 3 * 4, "native": 3 * 2},
+    "mutual_kl, K = 3, jsd": {"triton": 3 * 6, "native": 3 * 2},
+    "logprob": {"triton": 4, "native": 4},
+    "logprob, bias, softcap": {"triton": 10, "native": 10},
+}
+
 
 @pytest.mark.parametrize("backend", launches.BACKENDS)
 def test_a_chunk_is_counted_once(backend):
@@ -14,3 +29,11 @@ def test_a_chunk_is_counted_once(backend):
     cases = launches.cases(backend)
     names = ["kl, T = 4, jsd", "kl, routed, jsd", "logprob", "mutual_kl, K = 3, jsd"]
     assert [cases[name]().gemms for name in names] == [7, 4, 4, 9]
+
+
+@pytest.mark.parametrize("backend", launches.BACKENDS)
+@pytest.mark.parametrize("name", BESIDE_GEMMS)
+def test_a_chunk_launches_a_few_kernels_and_takes_no_memory(name, backend):
+    found = launches.cases(backend)[name]()
+    assert found.kernels.total() == BESIDE_GEMMS[name][backend], found.kernels
+    assert found.allocations == 0
