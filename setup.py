@@ -44,8 +44,8 @@ def find_nvcc() -> str | None:
 
 
 def takes(cxx: str, options: str) -> bool:
-    command = [*shlex.split(cxx), *options.split(), "-fsyntax-only", "-x", "c++", os.devnull]
-    return not subprocess.run(command, capture_output=True).returncode
+    command = [*shlex.split(cxx), *options.split(), "-fsyntax-only", "-x", "c++", "-"]
+    return not subprocess.run(command, input=b"", capture_output=True).returncode
 
 
 def ninja_file(cxx: str, nvcc: str | None, output: Path) -> str:

@@ -31,7 +31,7 @@ def write(directories: Path | list[Path], output: Path | None = None, readme: Pa
 
     Of a run that lies below several, the last counts. Unless `output` is itself a run, the runs' numbers are also
     collected in its results.json, from which alone the report can be written again. `readme` is a file whose part
-    between the marks of a study is replaced by the summary.
+    between the marks of a study is replaced by the summary; `ValueError` where it has none.
     """
     directories = [
         Path(directory) for directory in ([directories] if isinstance(directories, str | Path) else directories)
@@ -69,7 +69,10 @@ def write(directories: Path | list[Path], output: Path | None = None, readme: Pa
     files.write(output / "report.html", page)
     if readme is not None:
         summary = environment.get_template("summary.md.j2").render(suites=suites)
-        files.write(readme, BLOCK.sub(lambda _: summary, readme.read_text()))
+        text, marks = BLOCK.subn(lambda _: summary, readme.read_text())
+        if not marks:
+            raise ValueError(f"report: readme must have the marks of a study; got none in {readme}")
+        files.write(readme, text)
 
 
 def collect(directories: list[Path]) -> tuple[str, list[Result]]:

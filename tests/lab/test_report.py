@@ -181,6 +181,10 @@ def test_the_summary_goes_between_the_marks_of_a_file(tmp_path):
     assert text.startswith("a\n<!-- study -->\n- **k3**, 3 seeds: CoPD merged 86.0 ± 0.6 % overall.\n")
     assert text.endswith(".\n<!-- /study -->\nb\n")
     assert "old" not in text
+    (tmp_path / "plain.md").write_text("a\n")
+    with pytest.raises(ValueError, match="readme must have the marks of a study; got none in "):
+        report.write(tmp_path / "runs", readme=tmp_path / "plain.md")
+    assert (tmp_path / "plain.md").read_text() == "a\n"
 
 
 def test_runs_of_two_folders_are_reported_together_and_the_last_counts(tmp_path):
