@@ -72,10 +72,10 @@ def _rows(task: Task, count: int, step: int, *key: object) -> list[int]:
     return [int(_order(seed_of("order", *key, epoch), rows)[position]) for epoch, position in places]
 
 
-def draw(task: Task, count: int, step: int, *key: object, every: int = 1) -> list[Prompt]:
+def draw(task: Task, count: int, step: int, *key: object, every: int = 1, more: bool = True) -> list[Prompt]:
     """The prompts of `step`: `count` rows a step through a fresh permutation of the task each epoch.
 
-    A task that decodes files is told what to expect `every` steps later.
+    A task that decodes files is told what to expect `every` steps later, if `more` is to come.
     """
     prompts = []
     for row in _rows(task, count, step, *key):
@@ -85,19 +85,22 @@ def draw(task: Task, count: int, step: int, *key: object, every: int = 1) -> lis
                 f"prompt: row {prompt.index} of {prompt.task!r} must belong to a task of its branch; got {task.name!r}"
             )
         prompts.append(prompt)
-    if (expect := getattr(task, "expect", None)) is not None:
+    if more and (expect := getattr(task, "expect", None)) is not None:
         expect(_rows(task, count, step + every, *key))
     return prompts
 
 
-def deal(tasks: Sequence[Task], count: int, step: int, *key: object) -> tuple[list[Prompt], list[slice]]:
+def deal(
+    tasks: Sequence[Task], count: int, step: int, *key: object, more: bool = True
+) -> tuple[list[Prompt], list[slice]]:
     """`count` prompts dealt out among the tasks, one task after the other, and where those of each stand.
 
     Which tasks have a prompt more than others changes from step to step.
     """
     K = len(tasks)
     shares = [len(range((i - step) % K, count, K)) for i in range(K)]
-    dealt = [draw(task, -(-count // K), step, *key, task.name)[:n] for task, n in zip(tasks, shares, strict=True)]
+    drawn = [draw(task, -(-count // K), step, *key, task.name, more=more) for task in tasks]
+    dealt = [prompts[:n] for prompts, n in zip(drawn, shares, strict=True)]
     ends = [0, *accumulate(shares)]
     return [prompt for prompts in dealt for prompt in prompts], [slice(*pair) for pair in pairwise(ends)]
 

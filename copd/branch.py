@@ -6,6 +6,7 @@ rollout, `learn` makes the optimiser step. `copd.state` saves it.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +31,7 @@ from copd.peers import Peers
 from copd.rlvr import advantages, token_weights
 from copd.rollout import Rollout, rewards, seed_of, special_tokens
 from copd.task import Prompt, Task
-from copd.weights import Weights, Whole, adamw, set_up
+from copd.weights import Weights, Whole, adamw, compile_blocks, set_up
 from copd_kernels import Head, logprob, topk
 
 
@@ -92,31 +93,34 @@ class Branch:
         share = self.peers.share(len(prompts))
         return self.rollout(prompts[share], seed, first=share.start)
 
-    def native_batches(self, step: int) -> list[Batch]:
-        """A batch of one of this branch's tasks, in turn, or one of each."""
+    def native_batches(self, step: int, end: float = math.inf) -> list[Batch]:
+        """A batch of one of this branch's tasks, in turn, or one of each; the next ones come before step `end`."""
         if self.cfg.mixed_batch == "joint":
-            return [self.native_batch(step, task) for task in self.tasks]
-        return [self.native_batch(step)]
+            return [self.native_batch(step, task, end) for task in self.tasks]
+        return [self.native_batch(step, end=end)]
 
-    def native_batch(self, step: int, task: Task | None = None) -> Batch:
+    def native_batch(self, step: int, task: Task | None = None, end: float = math.inf) -> Batch:
         """Rollouts on own prompts, of `task` or of the one whose turn it is, with group advantages from its reward."""
-        place = step // len(self.tasks) if task is None else step
+        turns = len(self.tasks) if task is None else 1
         task = task or self.task_of(step)
         key = (self.cfg.seed, "native", task.name)
-        rollout = self._shared(draw(task, self.cfg.rollout.prompts, place, *key), seed_of("sample", *key, step))
+        prompts = draw(task, self.cfg.rollout.prompts, step // turns, *key, more=step + turns < end)
+        rollout = self._shared(prompts, seed_of("sample", *key, step))
         reward = rewards(task, rollout)
         batch = Batch(task.name, rollout, self._weights(rollout, reward))
         batch.rewarded(reward, self.cfg.rlvr, self.peers)
         batch.stats |= getattr(task, "reward_stats", {})
         return batch
 
-    def cross_batch(self, task: Task, teachers: Sequence[str], step: int, shared_by: int = 1) -> Batch:
+    def cross_batch(
+        self, task: Task, teachers: Sequence[str], step: int, shared_by: int = 1, end: float = math.inf
+    ) -> Batch:
         """This policy's rollouts on `task`, for its owner, who comes first among the teachers, and others to score."""
-        cfg, count = self.cfg, self.cfg.rollout.prompts
+        cfg, count, turns = self.cfg, self.cfg.rollout.prompts, len(self.tasks)
         if cfg.opd.batch == "split":
             count = max(1, count // shared_by)
         key = (cfg.seed, "cross", self.task_of(step).name, task.name)
-        prompts = draw(task, count, step, *key, every=len(self.tasks))
+        prompts = draw(task, count, step, *key, every=turns, more=step + turns < end)
         rollout = self._shared(prompts, seed_of("sample", *key, step))
         lesson = Lesson(
             [TeacherScore(name) for name in teachers], cfg.opd.signal, fixed_weights(len(teachers), cfg.opd)
@@ -126,11 +130,11 @@ class Branch:
             lesson.advantage = advantages(rewards(task, rollout), cfg.rlvr).flatten().to(weight.device)
         return Batch(task.name, rollout, weight, lesson=lesson)
 
-    def routed_batch(self, owners: Mapping[str, Task], step: int) -> Batch:
+    def routed_batch(self, owners: Mapping[str, Task], step: int, end: float = math.inf) -> Batch:
         """Rollouts on a batch of prompts dealt out among the tasks, for the branch that owns each to score."""
         cfg, tasks = self.cfg, list(owners.values())
         key = (cfg.seed, "consolidate")
-        prompts, owned = deal(tasks, cfg.rollout.prompts, step, *key)
+        prompts, owned = deal(tasks, cfg.rollout.prompts, step, *key, more=step + 1 < end)
         rollout, share = self._shared(prompts, seed_of("sample", *key, step)), self.peers.share(len(prompts))
         owned = [slice(*(min(max(p, share.start), share.stop) - share.start for p in (s.start, s.stop))) for s in owned]
         rows = [slice(p.start * cfg.rollout.samples, p.stop * cfg.rollout.samples) for p in owned]
@@ -286,6 +290,8 @@ class Branch:
     def freeze(self) -> Weights:
         """Keeps a copy of the weights as they are now, to teach with until `thaw`."""
         self.frozen = self.weights.copy()
+        if self.frozen.model is not self.model:
+            compile_blocks(self.frozen.model, self.cfg.model.compile)
         return self.frozen
 
     def thaw(self) -> None:

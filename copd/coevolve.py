@@ -76,6 +76,11 @@ class Plan:
             self.phases.append(self.govern(self.phases))
         return self.phases[step]
 
+    def end(self, step: int, *phases: str) -> int:
+        """The next step that is known to be none of these phases, or that there is none."""
+        known = enumerate(self.phases[step + 1 :], step + 1)
+        return next((later for later, phase in known if phase not in phases), self.steps)
+
     def names(self, step: int) -> list[str]:
         """Of all, wherever they live, that have learnt anything when `step` steps are done, or will in the next."""
         merged = self.merge is not None and "consolidate" in self.phases[: step + 1]
@@ -173,16 +178,18 @@ def gather(plan: Plan, phase: str, step: int) -> dict[str, list[Batch]]:
     learners = ["consolidated"] if phase == "consolidate" else list(plan.place.owner)
     taught = {name: scorers(plan, name, phase, step) for name in learners}  # the same on all ranks
     signal = cfg.consolidate.signal if phase == "consolidate" else cfg.opd.signal
+    rewarded = ("rl", "opd") if plan.native else ("rl",)
+    end, native_end = plan.end(step, phase), plan.end(step, *rewarded)
     batches: dict[str, list[Batch]] = {}
     for name in learners:
         if student := here.get(name):
-            batches[name] = student.native_batches(step) if phase == "rl" or (phase == "opd" and plan.native) else []
+            batches[name] = student.native_batches(step, native_end) if phase in rewarded else []
             for who in taught[name]:
                 tasks = {owner: plan.tasks[owner] for owner in who}
                 batches[name].append(
-                    student.routed_batch(tasks, step)
+                    student.routed_batch(tasks, step, end)
                     if phase == "consolidate"
-                    else student.cross_batch(tasks[who[0]], who, step, len(taught[name]))
+                    else student.cross_batch(tasks[who[0]], who, step, len(taught[name]), end)
                 )
     # (student, teacher, batch from the end, the teacher's place in its lesson)
     edges = [

@@ -109,24 +109,32 @@ def adamw(parameters: list[Any], cfg: OptimConfig) -> torch.optim.AdamW:
 def set_up(model: PreTrainedModel, cfg: ModelConfig) -> None:
     """Freezes, recomputes and compiles what the settings say, in place; no name of a parameter changes.
 
-    Raises `ValueError` for a backend that `torch.compile` does not know, and for a model whose blocks have no name.
+    Raises what `compile_blocks` does.
     """
     for part in vision_of(model) if cfg.freeze_vision else []:
         part.requires_grad_(False)
     if cfg.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    if cfg.compile is None:
+    compile_blocks(model, cfg.compile)
+
+
+def compile_blocks(model: PreTrainedModel, backend: str | None) -> None:
+    """Compiles a model's blocks in place, if there is a backend; a copy of the model has lost that.
+
+    Raises `ValueError` for a backend that `torch.compile` does not know, and for a model whose blocks have no name.
+    """
+    if backend is None:
         return
-    if cfg.compile not in torch.compiler.list_backends(exclude_tags=()):
+    if backend not in torch.compiler.list_backends(exclude_tags=()):
         known = ", ".join(torch.compiler.list_backends())
-        raise ValueError(f"model: compile must be a backend of torch.compile, as {known}; got {cfg.compile!r}")
+        raise ValueError(f"model: compile must be a backend of torch.compile, as {known}; got {backend!r}")
     blocks = blocks_of(model)
     if not blocks:
         raise ValueError(f"model: compile must find blocks in the decoder; got none in {type(model).__name__}")
     # of each adapter there are three: its first block, the others, no gradients
     dynamo.config.recompile_limit = max(64, dynamo.config.recompile_limit)
     for block in blocks:  # equal ones share their code; of shapes and lengths there are too many to compile each
-        block.compile(dynamic=True, backend=cfg.compile)
+        block.compile(dynamic=True, backend=backend)
 
 
 def blocks_of(model: PreTrainedModel) -> list[nn.Module]:

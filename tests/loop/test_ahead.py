@@ -1,15 +1,18 @@
 """What is read by threads before it is asked for, and rows of files that are decoded so."""
 
 import threading
+from collections import Counter
 
 import pytest
 import torch
+from copd_cases import make_branch, make_config, make_run
 from test_data import config, processor, rows, write  # noqa: F401  (fixtures)
 from test_media import film
 
 from copd import media
 from copd.ahead import Ahead
 from copd.batch import draw
+from copd.coevolve import Plan, coevolve
 from copd.data import FileTask
 
 
@@ -125,3 +128,43 @@ def test_a_row_in_place_of_one_that_is_too_long_disturbs_nothing(processor, film
     with pytest.raises(ValueError, match="one train prompt must have at most 1 tokens; got none"):
         task.prompt(0)
     assert [row for row, _ in task.ahead.expected] == [3, 1]
+
+
+def count(task, expected, drawn):
+    """Notes the rows that a task is told to expect, and those that are asked of it."""
+    prompt = task.prompt
+    task.expect = lambda rows: expected.update((task.name, row) for row in rows)
+    task.prompt = lambda row, split="train": (drawn.update([(task.name, row)]), prompt(row, split))[1]
+    return task
+
+
+@pytest.mark.parametrize(
+    ("settings", "first"),
+    [
+        # native batches go on through Phase II; a Phase II begins with cross batches, the merge with its own
+        (["rl_steps=2", "opd_steps=2", "cycles=2", "consolidate.steps=2"], 2 * 2 + 2 * 2 * 2 + 2),
+        (["rl_steps=2", "opd_steps=2", "cycles=2", "opd.native=false"], 2 * 2 * 2 + 2 * 2 * 2),
+        (["method=mixed", "mixed_steps=5"], 2 * 2),
+        (["method=mixed", "mixed_steps=3", "mixed_batch=joint"], 2 * 2),
+    ],
+)
+def test_every_row_of_a_phase_but_the_first_steps_is_expected_and_none_beyond_its_end(tmp_path, settings, first):
+    run, expected, drawn = make_run(make_config(tmp_path, *settings)), Counter(), Counter()
+    for task in run.tasks.values():
+        count(task, expected, drawn)
+    for _ in coevolve(run.plan):
+        pass
+    assert not expected - drawn
+    assert (drawn - expected).total() == first
+
+
+def test_a_student_of_experts_in_turn_expects_what_each_will_ask(tmp_path):
+    cfg, expected, drawn = make_config(tmp_path, "method=mopd"), Counter(), Counter()
+    experts = [make_branch(cfg, name) for name in ("text", "image")]
+    student = make_branch(cfg, "student", domain="text")
+    student.tasks = [count(expert.tasks[0], expected, drawn) for expert in experts]
+    teachers = {"student": ["text", "image"]}
+    for _ in coevolve(Plan([student], ["opd"] * 5, teachers, native=False, in_turn=True, experts=experts)):
+        pass
+    assert not expected - drawn
+    assert (drawn - expected).total() == 2 * 2

@@ -15,6 +15,7 @@ from copd.adapter import Adapter, lora_config
 from copd.branch import Branch
 from copd.lab.tasks import vocabulary
 from copd.lab.tiny import build_tiny
+from copd.weights import blocks_of
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +56,7 @@ def compare(plain, compiled, captured):
 @pytest.mark.parametrize(
     ("domain", "settings"),
     [
-        ("text", ("model.compile=aot_eager",)),
+        ("text", ("model.compile=aot_eager")),
         ("image", ("model.compile=eager", "model.activation_checkpointing=true")),
     ],
 )
@@ -88,6 +89,19 @@ def test_branches_that_are_adapters_share_compiled_blocks_each_with_its_own_delt
         compare(plain, compiled, captured)
         captured.clear()
     assert not counters["recompile_limit"]
+
+
+def test_teachers_frozen_where_a_phase_began_are_compiled_too_once_for_all_phases(tmp_path, captured):
+    branch = make_branch(make_config(tmp_path, "model.compile=eager", "model.layers=1"))
+    rollout = branch.rollout([branch.tasks[0].prompt(0)], 0)
+    before, graphs = branch.score(rollout).logp[0], []
+    for _ in range(2):
+        branch.freeze()
+        assert all(block._compiled_call_impl for block in blocks_of(branch.frozen.model))
+        assert torch.equal(branch.score(rollout).logp[0], before)
+        graphs.append(captured["unique_graphs"])
+        branch.thaw()
+    assert graphs[0] == graphs[1]
 
 
 def test_what_cannot_be_compiled_is_refused_by_name(tmp_path, monkeypatch):
