@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from copd.batch import Batch, NonFiniteLoss, completions, deal, draw
 from copd.config import Config
-from copd.distill import Lesson, TeacherScore, fixed_weights, likeliest_words
+from copd.distill import Lesson, TeacherScore, fixed_weights, likeliest_words, still
 from copd.engine import Engine, Transformers
 from copd.loss import Parts, loss_of, mismatch
 from copd.model import hidden_states
@@ -32,7 +32,7 @@ from copd.rlvr import advantages, token_weights
 from copd.rollout import Rollout, rewards, seed_of, special_tokens
 from copd.task import Prompt, Task
 from copd.weights import Weights, Whole, adamw, compile_blocks, set_up
-from copd_kernels import Head, logprob, topk
+from copd_kernels import Head, TopK, logprob, topk
 
 
 class Branch:
@@ -178,15 +178,17 @@ class Branch:
         heads: bool = True,
         likeliest: int = 0,
         listed: int | None = None,
+        keep: torch.device | None = None,
     ) -> TeacherScore:
         """This branch as teacher of another's rollout, or of some rows, with the weights of this very moment.
 
-        Log-probs; the `heads`, where a divergence is asked for, or in their place the `listed` likeliest words; top
-        words of the first `likeliest` tokens.
+        Log-probs; where a divergence is asked for the `heads`, or in their place the `listed` likeliest words, which
+        stay on `keep`; top words of the first `likeliest` tokens.
         """
         cfg, weights = self.cfg, self.frozen or self.weights
-        keep = self.device if not cfg.offload else torch.device("cpu")
-        score, lm_head = TeacherScore(self.name, rows), None
+        keep = torch.device("cpu") if cfg.offload else keep or self.device
+        states: list[Tensor | TopK] = []
+        score = TeacherScore(self.name, rows, states=states)
         with self.active(weights):
             for micro in rollout.micro_batches(cfg.micro_batch_tokens):
                 head, tokens = self.head(rollout, micro, rows, weights.model)
@@ -198,11 +200,10 @@ class Branch:
                 if not heads:
                     continue
                 if listed is not None:
-                    score.heads.append(likeliest_words(head, listed, cfg.rollout.temperature, keep))
+                    states.append(likeliest_words(head, listed, cfg.rollout.temperature, keep))
                     continue
-                if lm_head is None:  # of its own where it trains: a frozen one does not move before students read it
-                    lm_head = (head.lm_head.clone() if head.lm_head.requires_grad else head.lm_head).to(keep)
-                score.heads.append(replace(head, hidden=head.hidden.to(keep), lm_head=lm_head))
+                score.head_then = score.head_then or still(head, keep)
+                states.append(head.hidden.to(keep))
         return score
 
     def learn(self, batches: list[Batch]) -> dict[str, Any]:

@@ -19,16 +19,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from copd import schedule, topology
 from copd.batch import Batch
 from copd.branch import Branch
 from copd.config import Config
-from copd.distill import TeacherScore
+from copd.distill import TeacherScore, Told
 from copd.ranks import Place
 from copd.rollout import Rollout
 from copd.task import Task
@@ -150,7 +151,8 @@ def coevolve(plan: Plan, start: int = 0) -> Iterator[tuple[int, str, dict[str, d
         # everything is sampled and scored with the weights of this step ...
         batches = gather(plan, phase, step)
         # ... before any branch moves
-        metrics = {b.name: b.learn(batches[b.name]) for b in plan.models(step) if b.name in batches}
+        metrics = {b.name: b.learn(batches.pop(b.name)) for b in plan.models(step) if b.name in batches}
+        plan.place.settle()
         yield step + 1, phase, plan.place.union(metrics, plan.names(step))
 
 
@@ -207,13 +209,14 @@ def gather(plan: Plan, phase: str, step: int) -> dict[str, list[Batch]]:
     def ask(edge: Edge) -> tuple[Rollout, slice | None]:
         return batches[edge[0]][edge[2]].rollout, scores(edge)[edge[3]].rows
 
-    def answer(edge: Edge, asked: tuple[Rollout, slice | None]) -> TeacherScore:
+    def answer(edge: Edge, asked: tuple[Rollout, slice | None], keep: torch.device) -> Told:
         # the sampled signal needs no more of the teacher than its log-probs
         teacher, heads, opd = here[edge[1]], signal != "sampled", cfg.opd
-        return teacher.score(*asked, heads=heads, likeliest=opd.overlap_tokens, listed=opd.teacher_top_k)
+        return teacher.score(*asked, heads, opd.overlap_tokens, opd.teacher_top_k, keep).apart()
 
-    for edge, score in plan.place.exchange(edges, ask, answer, plan.branches[0].device):
-        scores(edge)[edge[3]] = score
+    updates, device = cfg.rlvr.updates_per_batch, plan.branches[0].device
+    for edge, (score, states) in plan.place.exchange(edges, ask, answer, device, updates):
+        scores(edge)[edge[3]] = replace(score, states=states)
     return batches
 
 

@@ -10,6 +10,7 @@ where that of the others vanishes with the student's own probability of what the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -31,17 +32,39 @@ class TeacherScore:
     """the rows of the rollout that it scores, and N counts; None for all"""
     logp: list[Tensor] = field(default_factory=list)
     """(N,) fp32 log-probs of the sampled tokens; none until the teacher has answered"""
-    heads: list[Head | TopK] = field(default_factory=list)
-    """hidden states (N, D), and the `lm_head` as it was: the live one moves before all students have read it; or its
-    likeliest words (N, k); for the signals that need them"""
+    head_then: Head | None = None
+    """its head as it was, without tokens: the live one moves before all students have read it"""
+    states: Sequence[Tensor | TopK] = field(default_factory=list)
+    """hidden states (N, D) that `head_then` reads, or its likeliest words (N, k); for the signals that need them.
+    Those of a teacher on another rank arrive as they are read, in order, and only the last one read is here"""
     likeliest: list[Tensor] = field(default_factory=list)
     """(M, k) int32, its top words at the first M of the N tokens, in no order; for what is logged"""
 
+    def apart(self) -> Told:
+        """What of it is told at once, and what micro-batch by micro-batch."""
+        return replace(self, states=[]), self.states
+
     def head(self, micro: int, device: torch.device) -> Head | TopK:
-        head = self.heads[micro]
-        if isinstance(head, TopK):
-            return replace(head, ids=head.ids.to(device), logp=head.logp.to(device))
-        return replace(head, hidden=head.hidden.to(device), lm_head=head.lm_head.to(device))
+        state, head = self.states[micro], self.head_then
+        if isinstance(state, TopK):
+            return replace(state, ids=state.ids.to(device), logp=state.logp.to(device))
+        assert head is not None
+        bias = None if head.bias is None else head.bias.to(device)
+        return replace(head, hidden=state.to(device), lm_head=head.lm_head.to(device), bias=bias)
+
+
+Told = tuple[TeacherScore, Sequence[Tensor | TopK]]
+
+
+def still(head: Head, device: torch.device) -> Head:
+    """The head without tokens, its weights on `device`: copies of those that train."""
+
+    def kept(weight: Tensor) -> Tensor:
+        return weight.detach().to(device, copy=weight.requires_grad)
+
+    bias = None if head.bias is None else kept(head.bias)
+    nothing = head.hidden.new_empty(0, head.hidden.shape[-1], device=device)
+    return replace(head, hidden=nothing, lm_head=kept(head.lm_head), bias=bias)
 
 
 def likeliest_words(head: Head, k: int, temperature: float, device: torch.device) -> TopK:

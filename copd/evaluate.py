@@ -7,6 +7,7 @@ import io
 import json
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from PIL import Image
 from copd import files, topology
 from copd.branch import Branch
 from copd.coevolve import Plan
-from copd.distill import TeacherScore
+from copd.distill import TeacherScore, Told
 from copd.log import Log
 from copd.ranks import Place
 from copd.rollout import Rollout, completions, rewards, seed_of
@@ -76,13 +77,14 @@ def divergences(plan: Plan, tasks: Mapping[str, Task], log: Log, step: int) -> l
         asked[edge] = branches[edge[0]].rollout(rows, seed_of("divergence", task.name))
         return asked[edge]
 
-    def answer(edge: tuple[str, str], rollout: Rollout) -> TeacherScore:
-        return branches[edge[1]].score(rollout)
+    def answer(edge: tuple[str, str], rollout: Rollout, keep: torch.device) -> Told:
+        return branches[edge[1]].score(rollout, keep=keep).apart()
 
     found = {
-        edge: divergence(branches[edge[0]], asked.pop(edge), score, tasks[edge[0]])
-        for edge, score in plan.place.exchange(edges, ask, answer, device)
+        edge: divergence(branches[edge[0]], asked.pop(edge), replace(score, states=states), tasks[edge[0]])
+        for edge, (score, states) in plan.place.exchange(edges, ask, answer, device)
     }
+    plan.place.settle()
     for record in plan.place.union(found, edges).values():
         log.write("divergence", step, record)
     return [record for record in log.of("divergence") if record["step"] == step]

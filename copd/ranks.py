@@ -17,6 +17,7 @@ import os
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
 from typing import Any, TypeVar
@@ -33,6 +34,8 @@ from copd.topology import teachers
 
 T = TypeVar("T")
 Edge = TypeVar("Edge", bound=tuple[Any, ...])
+Sent = list[tuple[Any, Tensor]]
+"""what to wait for, each with the memory that must stay until then"""
 KEEPERS = ("merged", "consolidated")
 
 
@@ -81,6 +84,7 @@ class Place(Peers):
         self.each_has = self.size // self.rows
         self.row, self.column = divmod(self.index, self.each_has)
         self.owner = {name: k % self.rows for k, name in enumerate(names)}
+        self.owed: Sent = []
 
     @cached_property
     def peers(self) -> Peers:
@@ -146,19 +150,25 @@ class Place(Peers):
         self,
         edges: Sequence[Edge],
         ask: Callable[[Edge], Any],
-        answer: Callable[[Edge, Any], Any],
+        answer: Callable[[Edge, Any, torch.device], tuple[Any, Sequence[Any]]],
         device: torch.device,
-    ) -> Iterator[tuple[Edge, Any]]:
+        times: int = 1,
+    ) -> Iterator[tuple[Edge, tuple[Any, Sequence[Any]]]]:
         """Each edge (student, teacher, ...) whose student lives here, with what the teacher answers.
+
+        An answer is what is told at once, and a sequence of what is told item by item; its tensors are on the device it
+        was asked for. The items of another rank wait there, in host memory, until the student reads them: in order,
+        `times` times over, every one, before all ranks `settle`.
 
         All ranks give the same edges in the same order. They ask, then answer side by side, then listen. Messages of a
         pair of ranks arrive as they were sent, and no rank waits before it has said what others wait for.
         """
         if self.size == 1:
-            yield from ((edge, answer(edge, ask(edge))) for edge in edges)
+            yield from ((edge, answer(edge, ask(edge), device)) for edge in edges)
             return
-        sent: list[Any] = []
+        sent: Sent = []
         kept: dict[Edge, Any] = {}
+        host = torch.device("cpu")
 
         def say(edge: Edge, what: Any, rank: int) -> None:
             if rank == self.index:
@@ -173,14 +183,29 @@ class Place(Peers):
         for edge, student, teacher in ends:
             if student == self.index:
                 say(edge, ask(edge), teacher)
-        for edge, student, teacher in ends:
-            if teacher == self.index:
-                say(edge, answer(edge, hear(edge, student)), student)
-        for edge, student, teacher in ends:
+        for tag, (edge, student, teacher) in enumerate(ends, start=1):
+            if teacher != self.index:
+                continue
             if student == self.index:
-                yield edge, hear(edge, teacher)
+                say(edge, answer(edge, hear(edge, student), device), student)
+                continue
+            told, items = answer(edge, hear(edge, student), host)
+            say(edge, (told, len(items)), student)
+            # one that stays the last one read is not read anew
+            for item in [*items] * (times if len(items) > 1 else 1):
+                self.owed += send(item, student, tag)
+        for tag, (edge, student, teacher) in enumerate(ends, start=1):
+            if student == self.index:
+                told, items = hear(edge, teacher)
+                yield edge, (told, items if teacher == self.index else Arriving(teacher, tag, device, items))
         for work, _ in sent:
             work.wait()
+
+    def settle(self) -> None:
+        """Waits until the others have read what waits for them here."""
+        for work, _ in self.owed:
+            work.wait()
+        self.owed = []
 
     def bring(self, found: dict[str, T], names: Sequence[str], to: str) -> dict[str, T] | None:
         """What each named branch has here or elsewhere, in host memory where `to` lives; None on the other ranks."""
@@ -193,6 +218,35 @@ class Place(Peers):
             elif self.index == target != source:
                 brought[name] = receive(source, torch.device("cpu"))
         return {name: brought[name] for name in names} if self.index == target else None
+
+
+@dataclass
+class Arriving(Sequence[Any]):
+    """What another rank tells item by item, each when it is read: in order, from the first again after the last.
+
+    The one read last is the only one here, and may be read again.
+    """
+
+    rank: int
+    tag: int
+    device: torch.device
+    size: int
+    at: int = -1
+    item: Any = None
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: Any) -> Any:
+        if index not in range(self.size):
+            raise IndexError(index)
+        if index != self.at:
+            following = (self.at + 1) % self.size
+            if index != following:
+                raise RuntimeError(f"exchange: item {following} of rank {self.rank} must be read next; got {index}")
+            self.item = None  # before the next one is here
+            self.item, self.at = receive(self.rank, self.device, self.tag), index
+        return self.item
 
 
 class _Pickler(pickle.Pickler):
@@ -217,8 +271,8 @@ class _Pickler(pickle.Pickler):
         return NotImplemented
 
 
-def send(what: Any, rank: int) -> list[tuple[Any, Tensor]]:
-    """Begins to send anything that pickles; what to wait for, each with the memory that must stay until then."""
+def send(what: Any, rank: int, tag: int = 0) -> Sent:
+    """Begins to send anything that pickles."""
     file = io.BytesIO()
     pickler = _Pickler(file)
     pickler.dump(what)
@@ -226,21 +280,21 @@ def send(what: Any, rank: int) -> list[tuple[Any, Tensor]]:
     header = pickle.dumps((file.getvalue(), [(tensor.dtype, tensor.shape) for tensor in tensors]))
     parts = [torch.tensor([len(header)]), torch.frombuffer(bytearray(header), dtype=torch.uint8)]
     parts += [tensor.reshape(-1).view(torch.uint8) for tensor in tensors if tensor.numel()]
-    return [(dist.isend(part, rank), part) for part in parts]
+    return [(dist.isend(part, rank, tag=tag), part) for part in parts]
 
 
-def receive(rank: int, device: torch.device) -> Any:
-    """What `rank` sends next, its tensors on `device`."""
+def receive(rank: int, device: torch.device, tag: int = 0) -> Any:
+    """What `rank` sends next under this tag, its tensors on `device`."""
     size = torch.empty(1, dtype=torch.int64)
-    dist.recv(size, rank)
+    dist.recv(size, rank, tag=tag)
     header = torch.empty(int(size), dtype=torch.uint8)
-    dist.recv(header, rank)
+    dist.recv(header, rank, tag=tag)
     text, shapes = pickle.loads(header.numpy().tobytes())
     tensors = []
     for dtype, shape in shapes:
         part = torch.empty(shape.numel() * dtype.itemsize, dtype=torch.uint8)
         if len(part):
-            dist.recv(part, rank)
+            dist.recv(part, rank, tag=tag)
         tensors.append(part.view(dtype).reshape(shape).to(device))
     unpickler = pickle.Unpickler(io.BytesIO(text))
     unpickler.persistent_load = tensors.__getitem__  # type: ignore[method-assign]  # as pickle documents it

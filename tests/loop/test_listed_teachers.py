@@ -44,7 +44,7 @@ def test_a_list_is_all_that_is_told_and_says_less(tmp_path, signal):
     whole = [learnt(student, b) for student, owners in [setting(tmp_path, signal)] for b in batches(student, owners)]
     student, owners = setting(tmp_path, signal, "opd.teacher_top_k=4")
     for batch, (loss, _) in zip(batches(student, owners), whole, strict=True):
-        told = [view for teacher in batch.lesson.teachers for view in teacher.heads]
+        told = [view for teacher in batch.lesson.teachers for view in teacher.states]
         assert all(isinstance(view, TopK) and view.ids.shape[1] == 4 for view in told)
         assert 0 < learnt(student, batch)[0] < loss
 

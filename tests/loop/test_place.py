@@ -1,6 +1,7 @@
 """The loop on several ranks: what one process makes of a run, K processes make too, bit for bit."""
 
 import json
+import weakref
 from functools import partial
 
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 
 import copd.ranks as ranks_of_the_loop
 from copd import train
-from copd.coevolve import gather
+from copd.coevolve import coevolve, gather
 from copd.lab.start import start
 from copd.ranks import Place
 from copd.task import Prompt
@@ -59,11 +60,12 @@ def assert_same_runs(ours, theirs, kept=""):
         assert not different, f"{path}: {different}"
 
 
+PARTS = ("micro_batch_tokens=40", "rlvr.updates_per_batch=2")
 ALL = ("topology=all", "opd.teachers=all", "schedule=overlap", "overlap.every=1")
 CASES = {
     "reverse": (("opd.teacher=phase_start", "opd_steps=2", "checkpoint_every=1", "eval.every=2"), THREE, 2),
     "sampled": (("opd.signal=sampled", "eval.divergence_every=1", "consolidate.steps=1"), THREE, 3),
-    "everything": ((*ALL, "consolidate.steps=1", "consolidate.native=true"), THREE, 2),
+    "everything": ((*ALL, *PARTS, "consolidate.steps=1", "consolidate.native=true"), THREE, 2),
     "adapters": (("model.adapter={rank: 4}", "merge.into=adapter"), ("text", "image"), 2),
     "independent": (("method=independent", "merge.method=ties", "offload=true"), ("text", "image"), 2),
 }
@@ -106,9 +108,9 @@ def sent_in_a_step(folder, signal):
     cfg = make_config(folder, f"opd.signal={signal}", domains=("text", "text2"))
     trainer, sent, isend = make_run(cfg), [], dist.isend
 
-    def counted(tensor, rank):
+    def counted(tensor, rank, **options):
         sent.append(tensor.numel())
-        return isend(tensor, rank)
+        return isend(tensor, rank, **options)
 
     ranks_of_the_loop.dist.isend = counted
     try:
@@ -124,6 +126,41 @@ def test_the_sampled_signal_needs_no_lm_head_of_the_teacher(tmp_path, ranks):
         assert sum(rank) < lm_head / 4
     for rank in ranks(2, sent_in_a_step, tmp_path / "reverse", "reverse"):
         assert rank.count(lm_head) == 1
+
+
+def held_in_a_step(folder):
+    """What this rank takes of others' states in a step of Phase II, item by item, and the most it has at once."""
+    cfg = make_config(folder, "topology=all", "opd.teachers=all", "micro_batch_tokens=1", PARTS[1], domains=THREE)
+    trainer, receive, taken, here, most = make_run(cfg), ranks_of_the_loop.receive, [], [], 0
+
+    def counted(rank, device, tag=0):
+        nonlocal most
+        item = receive(rank, device, tag)
+        if tag:
+            taken.append(item.nbytes)
+            here.append(item.nbytes)
+            weakref.finalize(item, here.remove, item.nbytes)
+            most = max(most, sum(here))
+        return item
+
+    ranks_of_the_loop.receive = counted
+    try:
+        list(coevolve(trainer.plan, 1))
+    finally:
+        ranks_of_the_loop.receive = receive
+    return taken, most, trainer.plan.place.owed
+
+
+def test_of_an_answer_no_more_is_here_than_the_micro_batch_that_is_computed(tmp_path, ranks):
+    """A row a micro-batch, two updates: of each teacher of a lesson one row's states, whatever the rollout's size."""
+    rows, updates = 2 * 3, 2
+    # `text` and `video` hear `image` in both of their lessons, `image` both of them in both of its own
+    for (taken, most, owed), (branches, heard) in zip(
+        ranks(2, held_in_a_step, tmp_path), ((2, 2), (1, 4)), strict=True
+    ):
+        assert len(taken) == branches * heard * rows * updates
+        assert 0 < most <= heard * max(taken)
+        assert owed == []
 
 
 def alone_and_together(places):

@@ -406,7 +406,7 @@ def test_the_sampled_signal_keeps_no_more_of_the_teacher_than_the_overlap_needs(
         student = make_branch(make_config(tmp_path, f"opd.signal={signal}", *settings))
         teacher = make_branch(make_config(tmp_path, f"opd.signal={signal}", *settings), "image", seed=1)
         batch = cross_batch(student, teacher, 0)
-        kept[signal] = sum(len(head.hidden) for head in batch.lesson.teachers[0].heads)
+        kept[signal] = sum(map(len, batch.lesson.teachers[0].states))
         assert sum(map(len, batch.lesson.teachers[0].likeliest)) == 3
         assert sum(map(len, batch.lesson.teachers[0].logp)) == batch.rollout.mask.sum()
         assert math.isfinite(student.learn([batch])["overlap"])
