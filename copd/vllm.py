@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from transformers import BatchFeature, PreTrainedModel
 
 from copd.config import Config
 from copd.model import MEDIA
+from copd.processor import load_processor
 from copd.rollout import Rollout, Special, seed_of
 from copd.task import Prompt
 from copd.weights import Weights, Whole, base_name, vision_of
@@ -104,6 +106,7 @@ class VLLM:
         config.architectures = [self.architecture]
         config.save_pretrained(folder)
         self.processor.save_pretrained(folder)
+        check_read(self.processor, folder)
         options: dict[str, Any] = {
             "dtype": cfg.model.dtype,
             "max_model_len": -1,  # the longest that its memory has room for
@@ -125,17 +128,21 @@ class VLLM:
             options["lora_dtype"] = getattr(torch, cfg.model.dtype)
         options |= cfg.rollout.engine_options
         self.sleeps = options["enable_sleep_mode"]
-        arguments = EngineArgs(
-            model=str(folder),
-            load_format="dummy",
-            seed=0,
-            # raw ones are before the placeholders are ruled out, and before the temperature too
-            logprobs_mode="raw_logprobs" if cfg.rollout.temperature == 1 else "processed_logprobs",
-            generation_config="vllm",
-            disable_log_stats=True,
-            **options,
-        )
-        self.engine = LLMEngine.from_engine_args(arguments)
+        try:
+            arguments = EngineArgs(
+                model=str(folder),
+                load_format="dummy",
+                seed=0,
+                # raw ones are before the placeholders are ruled out, and before the temperature too
+                logprobs_mode="raw_logprobs" if cfg.rollout.temperature == 1 else "processed_logprobs",
+                generation_config="vllm",
+                disable_log_stats=True,
+                **options,
+            )
+            self.engine = LLMEngine.from_engine_args(arguments)
+        except Exception as error:
+            rule = "rollout: engine vllm must start with the model and rollout.engine_options"
+            raise RuntimeError(f"{rule}; got {type(error).__name__}: {error}") from error
         if self.engine.model_config.using_transformers_backend():
             # which changes transformers' class in place: what this process trains could run no more
             got = f"{self.architecture}, which it takes from transformers"
@@ -227,6 +234,36 @@ class VLLM:
             for output in self.engine.step():
                 done[int(output.request_id)] = output.outputs
         return [row for place in range(len(asked)) for row in sorted(done[place], key=lambda row: row.index)]
+
+
+def check_read(processor: Any, folder: Path) -> None:
+    """Raises `ValueError` for a processor that transformers reads from `folder`, as the engine does, as another one.
+
+    The engine is given token ids and pixels; of its own it has the end of a completion and how large pictures become.
+    """
+    rule = "rollout: engine vllm must read the run's processor as it is"
+    try:
+        theirs = load_processor(folder)
+    except Exception as error:  # whatever a processor's own code may raise
+        raise ValueError(f"{rule}; got {type(error).__name__}: {error}") from error
+    ours, other = (getattr(each, "tokenizer", each) for each in (processor, theirs))
+    for name in ("eos_token_id", "pad_token_id"):
+        if getattr(ours, name) != getattr(other, name):
+            raise ValueError(f"{rule}; got {name} {getattr(other, name)} instead of {getattr(ours, name)}")
+    if ours.get_vocab() != other.get_vocab():
+        raise ValueError(f"{rule}; got another vocabulary")
+    if processor is ours:
+        return
+    if theirs is other:
+        raise ValueError(f"{rule}; got {type(theirs).__name__}, which reads no pictures")
+    # of one colour, which ways to resize it do not tell apart
+    picture = Image.new("RGB", (80, 48), (200, 120, 40))
+    seen = [each.image_processor([picture], return_tensors="pt") for each in (processor, theirs)]
+    for name, value in seen[0].items():
+        again = seen[1].get(name)
+        if again is None or again.shape != value.shape or not torch.allclose(again.float(), value.float(), atol=1e-3):
+            names = [type(each.image_processor).__name__ for each in (theirs, processor)]
+            raise ValueError(f"{rule}; got other {name} of one picture, by {names[0]} instead of {names[1]}")
 
 
 def rollout_of(prompts: list[Prompt], samples: int, outputs: list[Any], special: Special, device: Any) -> Rollout:

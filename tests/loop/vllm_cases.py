@@ -7,15 +7,17 @@ import pytest
 import torch
 from copd_cases import make_branch, make_config
 from test_adapter import make_base, moved
-from test_data import EXAMPLES, checkpoint, processor  # noqa: F401  (a fixture)
+from test_data import EXAMPLES, processor  # noqa: F401  (a fixture)
+from test_data import checkpoint as save_model
 from transformers import PhiConfig, PhiForCausalLM
 
-from copd import cli, engine, schema, train
+from copd import checkpoint, cli, engine, schema, train
 from copd.adapter import Adapter, lora_config
 from copd.branch import Branch
 from copd.config import Config
 from copd.lab.tasks import vocabulary
 from copd.rollout import generate
+from copd.vllm import VLLM
 from copd.weights import Whole
 from copd_kernels import reference
 
@@ -171,9 +173,47 @@ def test_an_adapter_of_layers_that_the_engine_leaves_alone_is_refused(adapters, 
     tower.remove()
 
 
-def test_a_run_samples_with_it_and_eval_too(processor, tmp_path, monkeypatch, capsys):  # noqa: F811
+TOKENIZER, PIXELS = "tokenizer_config.json", "processor_config.json"
+
+
+@pytest.mark.parametrize(
+    ("change", "got"),
+    [
+        ((TOKENIZER, '_token": "<|im_end|>"', '_token": "<|im_start|>"'), "eos_token_id 1 instead of 2"),
+        (("tokenizer.json", '"!": ', '"?!": '), "another vocabulary"),
+        ((PIXELS, "0.5,", "0.4,"), "other pixel_values of one picture, by Qwen2VLImageProcessor instead of Qwen2VL"),
+        ((PIXELS, '"shortest_edge": 256', '"shortest_edge": 6400'), "other pixel_values of one picture"),
+        ((PIXELS, "Qwen3VLProcessor", "NoProcessor"), "TokenizersBackend, which reads no pictures"),
+    ],
+)
+def test_a_processor_that_is_read_as_another_one_is_refused(branches, processor, monkeypatch, change, got):  # noqa: F811
+    (file, written, instead), save = change, type(processor).save_pretrained
+
+    def otherwise(self, folder):
+        save(self, folder)
+        text = (folder / file).read_text()
+        assert written in text
+        (folder / file).write_text(text.replace(written, instead))
+
+    monkeypatch.setattr(type(processor), "save_pretrained", otherwise)
+    vllm = engine.make(branches[0].cfg, branches[0].model, processor)
+    with pytest.raises(ValueError, match=f"rollout: engine vllm must read the run's processor as it is; got {got}"):
+        vllm.sample(branches[0].weights, [], 1, branches[0].special, 0)
+
+
+def test_an_option_that_the_engine_does_not_know_is_named(branches, processor):  # noqa: F811
+    cfg = branches[0].cfg
+    cfg = replace(cfg, rollout=replace(cfg.rollout, engine_options={"max_num_sequences": 8}))
+    vllm = engine.make(cfg, branches[0].model, processor)
+    with pytest.raises(
+        RuntimeError, match=r"must start with .* rollout\.engine_options; got TypeError: .*num_sequences"
+    ):
+        vllm.sample(branches[0].weights, [], 1, branches[0].special, 0)
+
+
+def test_a_run_samples_with_it_and_goes_on_after_it_failed_and_eval_too(processor, tmp_path, monkeypatch, capsys):  # noqa: F811
     monkeypatch.chdir(EXAMPLES.parent)
-    checkpoint(tmp_path / "base", processor, hidden_size=128, vision_hidden_size=64)
+    save_model(tmp_path / "base", processor, hidden_size=128, vision_hidden_size=64)
     options = [
         f"model.path={tmp_path / 'base'}",
         f"output_dir={tmp_path / 'runs'}",
@@ -186,6 +226,16 @@ def test_a_run_samples_with_it_and_eval_too(processor, tmp_path, monkeypatch, ca
         "eval={every: 0, prompts: 2, samples: 1, curve_prompts: 2, divergence_prompts: 1, shown: 1}",
     ]
     cfg = schema.load(Config, EXAMPLES / "shapes.yaml", options)
+    calls, inner = [], VLLM._generate
+
+    def fails_in_the_second_step(self, *asked):
+        calls.append(asked)
+        return inner(self, *asked) if len(calls) != 5 else 1 / 0
+
+    monkeypatch.setattr(VLLM, "_generate", fails_in_the_second_step)
+    with pytest.raises(RuntimeError, match="engine vllm must come to its end; got ZeroDivisionError"):
+        train.run(cfg)
+    assert [path.name for path in checkpoint.found(cfg.run_dir)] == ["checkpoint-1"]
     train.run(cfg)
     steps = [line for line in (cfg.run_dir / "metrics.jsonl").read_text().splitlines() if '"train"' in line]
     assert len(steps) == 2 * 3
