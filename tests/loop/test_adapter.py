@@ -1,31 +1,21 @@
 """Branches as adapters: one base, bit for bit what K models would be."""
 
-import copy
 import gc
-import json
 import re
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from copd_cases import CPU, TASKS, cross_batch, make_config, make_run, reward_longer, run, same, save
-from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file, save_file
 from torch.profiler import ProfilerActivity, profile
-from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from copd import batch, checkpoint, schema, state
-from copd.adapter import Adapter, apply, bare, lora_config
+from copd import batch, checkpoint, state
+from copd.adapter import Adapter, bare, lora_config
 from copd.branch import Branch
 from copd.coevolve import Plan, coevolve
-from copd.config import Config
 from copd.lab.tasks import vocabulary
 from copd.lab.tiny import build_tiny
-from copd.model import load_saved
-from copd.settings import AdapterConfig, ModelConfig
-from copd_kernels import Head
 
 LORA = ("model.adapter.rank=4", "model.adapter.alpha=8")
 
@@ -278,21 +268,6 @@ def test_a_frozen_shared_head_saves_the_gemm_pass_of_its_gradient(tmp_path, monk
     assert passes == {"adapters": 3, "whole": 4}
 
 
-def test_a_run_of_adapters_writes_folders_that_peft_loads_on_their_base(tmp_path):
-    cfg = make_config(tmp_path, *LORA, "name=run")
-    results = run(cfg)
-    assert list(results["final"]) == ["base", "text", "image", "merged"]
-    files = {path.name for path in (cfg.run_dir / "branch-text").iterdir()}
-    assert {"adapter_config.json", "adapter_model.safetensors"} <= files
-    assert "model.safetensors" not in files
-    named = json.loads((cfg.run_dir / "branch-text" / "adapter_config.json").read_text())["base_model_name_or_path"]
-    base, _ = load_saved(named)
-    expected = logits(PeftModel.from_pretrained(copy.deepcopy(base), cfg.run_dir / "branch-text"))
-    assert torch.equal(expected, logits(PeftModel.from_pretrained(base, cfg.run_dir / "branch-text")))
-    torch.testing.assert_close(logits(load_saved(cfg.run_dir / "branch-text")[0]), expected)
-    assert json.loads((cfg.run_dir / "results.json").read_text())["final"]["text"]
-
-
 @pytest.mark.parametrize(
     ("settings", "models"),
     [
@@ -375,228 +350,6 @@ def test_the_log_states_the_peak_at_the_end(tmp_path, caplog):
     assert any(re.match(r"peak memory: [\d.]+ MiB on cpu", message) for message in caplog.messages)
 
 
-def targets_of(cfg):
-    return lora_config(make_base(cfg), cfg.model).target_modules
-
-
-def test_the_vision_tower_is_adapted_unless_frozen_or_left_out(tmp_path):
-    visual = [
-        any("visual" in name for name in targets_of(make_config(tmp_path, *LORA, *more)))
-        for more in (
-            (),
-            ("model.freeze_vision=true",),
-            ("model.adapter.target_modules=[q_proj,v_proj]",),
-            ("model.adapter.target_modules=[attn.qkv]",),
-        )
-    ]
-    assert visual == [True, False, False, True]
-
-
-def test_a_vision_tower_left_out_gets_no_gradient_and_stays(tmp_path):
-    cfg = make_config(tmp_path, *LORA, "model.freeze_vision=true")
-    base = make_base(cfg)
-    branch = make_branch(cfg, base, lora_config(base, cfg.model), "image")
-    assert not any("visual" in name for name in branch.weights.state())
-    branch.learn([branch.native_batch(0)])
-    assert all(p.grad is None for p in base.model.visual.parameters())
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        (["model.adapter.target_modules=[q_proj,querry]"], "target_modules must each match a module .* got 'querry'"),
-        (["model.adapter.target_modules=[mlp]"], "must be linear, embedding or convolution layers; got .*mlp, a "),
-        (["model.adapter.target_modules=[qkv]", "model.freeze_vision=true"], "module of the language model; got 'qkv'"),
-        (["model.adapter.target_modules=[lm_head]"], "tied embeddings must stay as they are; got lm_head"),
-        (["model.adapter.target_modules=[embed_tokens]"], "tied embeddings must stay as they are; got .*embed_tokens"),
-        (["model.adapter.modules_to_save=[lm_head]"], "tied embeddings must stay as they are; got lm_head"),
-        (["model.adapter.modules_to_save=[lm_haed]"], "modules_to_save must each match a module .* got 'lm_haed'"),
-    ],
-)
-def test_targets_that_cannot_be_are_named(tmp_path, settings, message):
-    with pytest.raises(ValueError, match=f"adapter: .*{message}"):
-        targets_of(make_config(tmp_path, *settings))
-
-
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        ("model.adapter.rank=0", "model.adapter.rank must be at least 1; got 0"),
-        ("model.adapter.dropout=1", r"model.adapter.dropout must be in \[0, 1\)"),
-        ("model.adapter.target_modules=some", "target_modules must be all-linear or a list of names; got 'some'"),
-        ("model.adapter.target_modules=[]", "target_modules must be all-linear or a list of names"),
-    ],
-)
-def test_settings_that_cannot_be_are_refused(tmp_path, setting, message):
-    with pytest.raises(ValueError, match=message):
-        make_config(tmp_path, setting)
-
-
-def test_the_sizes_that_the_config_of_one_gpu_reckons_with():
-    text = {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32}
-    text |= {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": True}
-    vision = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16, "out_hidden_size": 2560}
-    vision |= {"deepstack_visual_indexes": [5, 11, 17]}
-    with torch.device("meta"):
-        model = Qwen3VLForConditionalGeneration(
-            Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True)
-        )
-    model.tie_weights()
-    cfg = schema.load(Config, Path(__file__).parents[2] / "configs" / "qwen3_vl_4b_lora.yaml")
-    linear = [model.get_submodule(name) for name in lora_config(model, cfg.model).target_modules]
-    adapter = cfg.model.adapter.rank * sum(layer.in_features + layer.out_features for layer in linear)
-    assert round(sum(p.numel() for p in model.parameters()) / 1e9, 2) == 4.44
-    assert round(adapter / 1e6, 1) == 80.5
-
-
 def test_adapters_are_not_offloaded(tmp_path):
     with pytest.raises(ValueError, match=r"offload must be false with model.adapter"):
         make_config(tmp_path, *LORA, "offload=true")
-
-
-def test_an_adapter_of_another_base_is_refused(tmp_path):
-    cfg = make_config(tmp_path, *LORA)
-    base, other = make_base(cfg), make_base(cfg, seed=1)
-    Adapter(base, "text", lora_config(base, cfg.model)).save(tmp_path / "text")
-    with pytest.raises(ValueError, match=r"adapter: base of .*text must be the one it was trained on"):
-        Adapter.load(other, tmp_path / "text", "text")
-
-
-def test_an_adapter_of_other_sizes_is_refused(tmp_path):
-    cfg = make_config(tmp_path, *LORA)
-    base = make_base(cfg)
-    adapter = Adapter(base, "text", lora_config(base, cfg.model))
-    adapter.save(tmp_path / "text")
-    config = tmp_path / "text" / "adapter_config.json"
-    config.write_text(re.sub('"r": 4', '"r": 5', config.read_text()))
-    with pytest.raises(ValueError, match=r"adapter: weights in .*text must fit their base"):
-        Adapter.load(bare(base), tmp_path / "text", "text")
-
-
-@pytest.mark.parametrize("change", ["absent", "besides"])
-def test_an_adapter_with_a_tensor_too_few_or_too_many_is_refused(tmp_path, change):
-    cfg = make_config(tmp_path, *LORA)
-    base = make_base(cfg)
-    Adapter(base, "text", lora_config(base, cfg.model)).save(tmp_path)
-    path = tmp_path / "adapter_model.safetensors"
-    tensors = load_file(path)
-    name = next(iter(tensors))
-    tensors |= {name.replace("lora_A", "lora_C"): tensors[name].clone()} if change == "besides" else {}
-    save_file({key: value for key, value in tensors.items() if change == "besides" or key != name}, path)
-    with pytest.raises(ValueError, match=r"adapter: weights in .* must fit their base; got a difference in"):
-        Adapter.load(bare(base), tmp_path, "text")
-
-
-def test_an_adapter_that_is_not_plain_lora_is_refused(tmp_path):
-    cfg = make_config(tmp_path, *LORA)
-    base = make_base(cfg)
-    Adapter(base, "text", lora_config(base, cfg.model)).save(tmp_path)
-    config = tmp_path / "adapter_config.json"
-    config.write_text(config.read_text().replace('"use_dora": false', '"use_dora": true'))
-    with pytest.raises(ValueError, match=r"adapter: .* must hold plain LoRA weights"):
-        Adapter.load(bare(base), tmp_path, "text")
-
-
-def test_a_quantised_base_is_refused(tmp_path):
-    make_base(make_config(tmp_path)).save_pretrained(tmp_path / "base")
-    path = tmp_path / "base" / "config.json"
-    path.write_text(
-        json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": "bitsandbytes"}})
-    )
-    with pytest.raises(ValueError, match="model: path must hold weights that are not quantised; got bitsandbytes"):
-        load_saved(tmp_path / "base")
-
-
-def test_a_name_that_peft_would_confuse_is_safe_or_refused(tmp_path):
-    """peft finds an adapter's weights by a part of their names, which `visual` and `layers` are as well."""
-    cfg = make_config(tmp_path, *LORA)
-    base = make_base(cfg)
-    lora = lora_config(base, cfg.model)
-    visual, layers = (moved(Adapter(base, name, lora), seed) for seed, name in enumerate(("visual", "layers")))
-    visual.save(tmp_path / "visual")
-    assert same(Adapter.load(bare(base), tmp_path / "visual", "x").state(), visual.state())
-    assert not same(visual.state(), layers.state())
-    for name in ("a.b", "layers"):
-        with pytest.raises(ValueError, match="adapter: name must have no dot and be new to its base"):
-            Adapter(base, name, lora)
-
-
-def make_untied():
-    config = Qwen3Config(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=16,
-        tie_word_embeddings=False,
-    )
-    torch.manual_seed(0)
-    return Qwen3ForCausalLM(config)
-
-
-HEADS = {
-    "delta": {"target_modules": ["lm_head", "q_proj"]},
-    "whole": {"target_modules": ["q_proj", "embed_tokens"], "modules_to_save": ["lm_head"]},
-}
-
-
-@pytest.mark.parametrize("kind", HEADS)
-def test_the_head_of_an_adapter_that_trains_it_is_its_own(kind):
-    model = make_untied()
-    lora = lora_config(model, ModelConfig(adapter=AdapterConfig(4, **HEADS[kind])))
-    adapter = moved(Adapter(model, "a", lora))
-    tokens = torch.arange(3, 20)[None]
-    plain = logits(model)
-    with adapter.active():
-        hidden = model.model(tokens).last_hidden_state
-        head = Head.of(model, hidden)
-        torch.testing.assert_close(head.hidden @ head.lm_head.T, model(tokens).logits)
-        gradients = torch.autograd.grad((head.hidden @ head.lm_head.T).square().sum(), adapter.parameters())
-    assert all(gradient.any() for gradient in gradients)
-    assert torch.equal(logits(model), plain)
-    head = Head.of(model, hidden)
-    assert head.lm_head.shape == (64, 32), "none outside of it"
-
-
-@pytest.mark.parametrize("kind", HEADS)
-def test_folders_and_frozen_copies_hold_all_an_adapter_has(tmp_path, kind):
-    model = make_untied()
-    adapter = moved(Adapter(model, "a", lora_config(model, ModelConfig(adapter=AdapterConfig(4, **HEADS[kind])))))
-    plain = logits(model)
-    with adapter.active():
-        expected = logits(model)
-    adapter.save(tmp_path)
-    fresh = bare(model)
-    loaded = Adapter.load(fresh, tmp_path, "b")
-    twin = adapter.copy()
-    for other, owner in ((loaded, fresh), (twin, model)):
-        assert same(other.state(), adapter.state())
-        with other.active():
-            assert torch.equal(logits(owner), expected)
-    twin.remove()
-    assert torch.equal(logits(model), plain)
-    assert torch.equal(logits(PeftModel.from_pretrained(bare(model), tmp_path)), expected)
-    torch.testing.assert_close(logits(apply(bare(model), tmp_path)), expected)
-
-
-@pytest.mark.parametrize("kind", HEADS)
-def test_branches_that_train_the_head_teach_with_the_one_they_had(tmp_path, kind):
-    """All scoring precedes any update: a trained head is kept as it was, though its adapter moves."""
-    cfg = make_config(tmp_path, "model.adapter.rank=4")
-    base = make_base(cfg)
-    base.lm_head.weight = torch.nn.Parameter(base.lm_head.weight.detach().clone())  # untied
-    lora = lora_config(base, ModelConfig(adapter=AdapterConfig(4, **HEADS[kind])))
-    student, teacher = (make_branch(cfg, base, lora, name) for name in ("text", "image"))
-    moved(teacher.weights), moved(student.weights, 2)
-    batch = cross_batch(student, teacher, 0)
-    seen = batch.lesson.teachers[0]
-    kept = seen.head(0, CPU)
-    before = kept.hidden @ kept.lm_head.T
-    teacher.learn([teacher.native_batch(0)])
-    assert torch.equal(kept.hidden @ kept.lm_head.T, before)
-    assert not torch.equal(teacher.score(batch.rollout).logp[0], seen.logp[0])
-    start = weights(student)
-    student.learn([batch])
-    assert any("lm_head" in name and not torch.equal(value, start[name]) for name, value in weights(student).items())
