@@ -18,7 +18,7 @@ from setuptools.command.build_ext import build_ext
 
 CSRC = Path(__file__).parent.resolve() / "csrc"
 # one object an instruction set, chosen at run time
-X86 = {"avx2": "-march=x86-64-v3", "avx512": "-march=x86-64-v4"}
+X86 = {"avx2": "-march=x86-64-v3", "avx512": "-march=x86-64-v4 -Wno-uninitialized -Wno-maybe-uninitialized"}
 ISAS = {"plain": ""} | (X86 if platform.machine().lower() in ("x86_64", "amd64") else {})
 # g++ 12 takes what its own intrinsics leave undefined for a mistake
 AMX = "-march=x86-64-v4 -mamx-tile -mamx-bf16 -mavx512bf16 -Wno-uninitialized -Wno-maybe-uninitialized"

@@ -17,6 +17,7 @@ from ._ops import NAMESPACE
 from .checks import check, check_integer, check_integers, check_temperatures, check_values, check_workspace
 from .flatten import Flat, fake_gradients, flatten, logits_dtype, projections, save, saved, scale, wanted
 from .head import Head, check_head
+from .pages import in_huge_pages
 from .results import LogProb, LogProbStats
 from .rows import load, resolve
 from .rows.stats import Side
@@ -50,7 +51,7 @@ def logprob_op(
     rows, keep = load(backend, shard), tokens != ignore_index
     temperature = where_they_count(temperature, keep)
     N, dtype = hidden.shape[0], logits_dtype([hidden])
-    kept = empty_logits(hidden, head.columns, dtype, workspace_bytes, recompute)
+    kept = in_huge_pages(empty_logits(hidden, head.columns, dtype, workspace_bytes, recompute))
     sides, top = kept.new_empty(4, N), torch.empty_like(tokens)
     side = Side(sides[0], top, *sides[1:])
     sums = kept.new_empty(2, N if stats else 0)

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from . import gemm
+from .pages import in_huge_pages
 from .shard import Shard
 
 MIB = 1 << 20
@@ -137,8 +138,8 @@ class Gradients:
         N, D = head.hidden.shape
         kind: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}
         self.head, self.want = head, want
-        self.dhidden = torch.zeros((N, D) if want[0] else 0, **kind)
-        self.dlm_head = torch.empty((padded, D) if want[1] else 0, **kind)
+        self.dhidden = in_huge_pages(torch.empty((N, D) if want[0] else 0, **kind)).zero_()
+        self.dlm_head = in_huge_pages(torch.empty((padded, D) if want[1] else 0, **kind))
         self.dbias = torch.zeros(padded if want[2] else 0, **kind)
         self.started = False
         # a token without weight has dlogits of 0: its hidden state must be 0 too, for what it holds may be NaN
@@ -218,8 +219,10 @@ class Workspace:
             most = min(most, max(ENOUGH_TOKENS, ENOUGH_BYTES // row_bytes))
         self.chunks = chunks(N, most)
         R = max((c.stop - c.start for c in self.chunks), default=0)
-        self.z = torch.empty(heads * R * stride if self.kept is None else 0, dtype=dtype, device=device)
-        self.separate = torch.empty(R * stride, dtype=dlogits_dtype, device=device) if dlogits_dtype else None
+        self.z = in_huge_pages(torch.empty(heads * R * stride if self.kept is None else 0, dtype=dtype, device=device))
+        self.separate = None
+        if dlogits_dtype:
+            self.separate = in_huge_pages(torch.empty(R * stride, dtype=dlogits_dtype, device=device))
 
     def logits(self, chunk: slice) -> Tensor:
         """(H, R, V)"""

@@ -6,6 +6,9 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 // Code for different processors lives in one library: a namespace each keeps the linker from mixing it up.
 #ifndef COPD_ISA
@@ -79,15 +82,23 @@ template <> struct LaneOf<Doubles> {
     using Number = double;
     using Index = Longs;
 };
+// the same where a row happens to begin
+typedef float LooseFloats __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
+typedef double LooseDoubles __attribute__((vector_size(VECTOR_BYTES), aligned(8), may_alias));
 template <class S> struct VectorOf;
-template <> struct VectorOf<float> { using Type = Floats; };
-template <> struct VectorOf<double> { using Type = Doubles; };
+template <> struct VectorOf<float> { using Type = Floats; using Loose = LooseFloats; };
+template <> struct VectorOf<double> { using Type = Doubles; using Loose = LooseDoubles; };
 template <class S> using Vector = typename VectorOf<S>::Type;
+template <class S> using Loose = typename VectorOf<S>::Loose;
 template <class S> inline constexpr int WIDTH = VECTOR_BYTES / sizeof(S);
 
 template <class I> COPD_FN bool any_lane(I mask) {
+#ifdef __AVX512F__
+    return _mm512_test_epi64_mask((__m512i)mask, (__m512i)mask) != 0;
+#else
     I none{};
     return std::memcmp(&mask, &none, sizeof mask) != 0;
+#endif
 }
 COPD_FN bool any(Ints mask) { return any_lane(mask); }
 COPD_FN bool any(Longs mask) { return any_lane(mask); }
@@ -112,6 +123,18 @@ template <class F> COPD_FN F power_of_two(Index<F> n) {
     return (F)((n + Format<F>::BIAS) << Format<F>::MANTISSA);
 }
 
+// y * 2**n for a whole number n >= -2 BIAS, rounded once
+#ifdef __AVX512F__
+COPD_FN Floats scaled(Floats y, Floats n) { return (Floats)_mm512_scalef_ps((__m512)y, (__m512)n); }
+COPD_FN Doubles scaled(Doubles y, Doubles n) { return (Doubles)_mm512_scalef_pd((__m512d)y, (__m512d)n); }
+#else
+template <class F> COPD_FN F scaled(F y, F n) {
+    // in two halves, so that results below the smallest normal number are reached
+    Index<F> whole = __builtin_convertvector(n, Index<F>), half = whole >> 1;
+    return y * power_of_two<F>(half) * power_of_two<F>(whole - half);
+}
+#endif
+
 struct Taylor {
     double of_exp[16] = {1};
     constexpr Taylor() {
@@ -120,17 +143,15 @@ struct Taylor {
 };
 inline constexpr Taylor TAYLOR;
 
-// x = n log 2 + r; returns exp(r) - 1 by its Taylor series, |r| <= log(2) / 2
-template <class F> COPD_FN F reduced(F x, Index<F>& n) {
+// x = n log 2 + r, n whole; returns exp(r) - 1 by its Taylor series, |r| <= log(2) / 2
+template <class F> COPD_FN F reduced(F x, F& n) {
     using K = Format<F>;
     using S = Number<F>;
     x = x < K::LOWEST ? F{} + K::LOWEST : x;
-    // adding and taking off 1.5 * 2**MANTISSA rounds to an integer, whose bits are then at the bottom
+    // adding and taking off 1.5 * 2**MANTISSA rounds to a whole number
     constexpr S ROUND = S(3) * S(int64_t(1) << (K::MANTISSA - 1));
-    F shifted = x * K::LOG2E + ROUND;
-    F whole = shifted - ROUND;
-    n = (Index<F>)shifted - (Index<F>)(F{} + ROUND);
-    F r = (x - whole * K::LN2_HIGH) - whole * K::LN2_LOW;
+    n = (x * K::LOG2E + ROUND) - ROUND;
+    F r = (x - n * K::LN2_HIGH) - n * K::LN2_LOW;
     F sum = F{} + S(TAYLOR.of_exp[K::TERMS]);
     for (int k = K::TERMS - 1; k > 1; --k) sum = r * sum + S(TAYLOR.of_exp[k]);
     return r + r * r * sum;
@@ -138,21 +159,15 @@ template <class F> COPD_FN F reduced(F x, Index<F>& n) {
 
 // exp(x) for x <= 0, within two units in the last place; 0 where it is not a normal number, NaN for NaN
 template <class F> COPD_FN F exp_nonpositive(F x) {
-    Index<F> n;
-    F p = reduced(x, n);
-    // 2**n in two halves, so that results below the smallest normal number are reached
-    Index<F> half = n >> 1;
-    return (1 + p) * power_of_two<F>(half) * power_of_two<F>(n - half);
+    F n, p = reduced(x, n);
+    return scaled(1 + p, n);
 }
 COPD_FN Floats exp_(Floats x) { return exp_nonpositive(x); }
 COPD_FN Doubles exp_(Doubles x) { return exp_nonpositive(x); }
 
 // exp(x) - 1 for x <= 0, and exp(x) for next to nothing
 template <class F> COPD_FN F expm1_nonpositive(F x, F& e) {
-    Index<F> n;
-    F p = reduced(x, n);
-    Index<F> half = n >> 1;
-    F scale = power_of_two<F>(half) * power_of_two<F>(n - half);
+    F n, p = reduced(x, n), scale = scaled(F{} + 1, n);
     e = scale * (1 + p);
     return scale * p + (scale - 1);
 }

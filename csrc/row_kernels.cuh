@@ -322,7 +322,9 @@ __device__ void kl_rows(Rows& rows, const Work<S, Out>& work, Scratch<S>& shared
                     rows.load(i, work.student, r, col, s);
                     rows.load(i, work.teachers[j], r, col, t);
 #pragma unroll
-                    for (int n = 0; n < N; ++n) jsd_term(sums, s[n], t[n], col + n, pair, work.mixture);
+                    for (int n = 0; n < N; ++n)
+                        jsd_term(sums, s[n], t[n], col + n, pair, work.mixture,
+                                 [&](bool lower) { return exp_(lower ? t[n] - pair.t.max : s[n] - pair.s.max); });
                 });
                 sums = reduce(sums, shared.sums);
                 if (threadIdx.x == 0) shared.partial_sums[turn][j] = sums;

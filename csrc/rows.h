@@ -1,7 +1,8 @@
 // The mathematics of a row of logits, one text for the vector lanes of a CPU and the threads of a GPU.
 //
-// F is what one lane holds: a number on a GPU, a vector of numbers on a CPU. S is a plain number. Each lane folds the
-// columns it is given into a `Side`; sides merge exactly, in a fixed order. Everything is measured from a
+// F is what one lane holds: a number on a GPU, a vector of numbers on a CPU. S is a plain number. A GPU reads a row from
+// memory as seldom as it can: each lane folds the columns it is given into a `Side`, and sides merge exactly, in a fixed
+// order. A CPU has the row in its cache and finds the top token first (rows_cpu.cpp). Everything is measured from a
 // distribution's own top token, because differences from there do not cancel. With p the softmax of z, c its top token,
 // and x = z - t against another distribution's logits t (x = z if there is none),
 //
@@ -219,13 +220,14 @@ template <class F, class S> COPD_FN F log_ratio(F s, F t, const Pair<S>& pair) {
     return (s - pair.s.max) - (t - pair.t.max) - pair.gap;
 }
 
-// Adds a column; returns u less its value at the student's top token.
-template <class F, class S>
-COPD_FN F jsd_term(JsdSums<F>& sums, F s, F t, Index<F> col, const Pair<S>& pair, const Mixture<S>& m) {
+// Adds a column; returns u less its value at the student's top token. `mass` says exp(t - max) where the teacher is the
+// larger one, or else exp(s - max).
+template <class F, class S, class Mass>
+COPD_FN F jsd_term(JsdSums<F>& sums, F s, F t, Index<F> col, const Pair<S>& pair, const Mixture<S>& m, Mass mass) {
     F u, w, r = log_ratio(s, t, pair);
     F ratio = log_mix<F>(r, m, u, w);
     auto lower = r < 0;
-    F most = exp_(lower ? t - pair.t.max : s - pair.s.max) * (lower ? F{} + pair.t.p_top() : F{} + pair.s.p_top());
+    F most = mass(lower) * (lower ? F{} + pair.t.p_top() : F{} + pair.s.p_top());
     F least = most * ratio;
     F p = lower ? least : most, q = lower ? most : least;
     sums.to_teacher += q * w;
@@ -247,7 +249,7 @@ template <class S> COPD_FN S settle(const JsdSums<S>& sums, const Mixture<S>& m,
 
 // cap tanh(z / cap), as precise near 0 as z is
 template <class F, class S> COPD_FN F soft_capped(F z, S cap) {
-    F x = z / cap;
+    F x = z * (1 / cap);
     F less = expm1_(2 * (x < 0 ? x : -x));
     F t = cap * (less / (2 + less));  // -cap tanh |x|
     return x > 0 ? -t : t;
@@ -308,13 +310,17 @@ template <class F, class S> COPD_FN F through_cap(F g, F z, S cap) {
     return g * (1 - ratio * ratio);
 }
 
-// Everywhere but at the top token, where the caller writes `at_top` through the cap.
-template <class F, class S> COPD_FN F dlogit(F s, F a, F b, const RowGradient<S>& row) {
+// Everywhere but at the top token, where the caller writes `at_top` through the cap; e = exp(s - max).
+template <class F, class S> COPD_FN F dlogit_of(F e, F s, F a, F b, const RowGradient<S>& row) {
     if (row.p_top == 0) return F{};
-    F p = exp_(s - row.max) * row.p_top;
+    F p = e * row.p_top;
     F g = p * (a - row.centre);
     g = (p == 0 ? F{} : g) - b;  // no mass: nothing, however large a is
     return row.cap == 0 ? g : through_cap(g, s, row.cap);
+}
+
+template <class F, class S> COPD_FN F dlogit(F s, F a, F b, const RowGradient<S>& row) {
+    return dlogit_of(exp_(s - row.max), s, a, b, row);
 }
 
 // The gradient at the top token, through the cap.
