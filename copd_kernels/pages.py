@@ -33,4 +33,4 @@ def in_huge_pages(x: Tensor) -> Tensor:
 def madvise() -> Callable[[int, int, int], int]:
     call = ctypes.CDLL(None).madvise
     call.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
-    return call  # type: ignore[no-any-return]
+    return call
