@@ -23,6 +23,8 @@ from copd.schema import dump
 from copd.settings import DataConfig
 
 logger = logging.getLogger("copd")
+FORMAT = 3
+"""of a checkpoint: 1 has all branches in `state.pt`, 2 a file a branch, 3 a folder of shards a branch"""
 # settings that may change between a run and its continuation: where it runs, ...
 PLACE = {
     "name",
@@ -89,7 +91,7 @@ def identity(cfg: Config) -> dict[str, Any]:
 def same(saved: dict[str, Any], cfg: Config, where: str) -> None:
     """Raises `ValueError` naming what changed. Settings that the saved run did not know yet are taken as they are."""
     now = identity(cfg)
-    branches = {key for key in saved.keys() ^ now.keys() if key.startswith("branches.") and key.count(".") == 2}
+    branches = {key for key in saved.keys() ^ now.keys() if key.startswith("branches.") and key.endswith(".task")}
     changed = [key for key in now if key in saved and saved[key] != now[key]] + sorted(branches)
     if changed:
         got = ", ".join(f"{key} {now.get(key)!r} after {saved.get(key)!r}" for key in changed)
@@ -129,8 +131,8 @@ def write(directory: Path, moment: Moment, cfg: Config) -> Path:
         mine = everyone.together(branches)
         digests = {file: digest for found in everyone.all(mine) for file, digest in found.items()}
         if everyone.first:
-            known = {"step": moment.step, "identity": identity(cfg), "phases": moment.phases, "digests": digests}
-            torch.save(known, scratch / "state.pt")
+            known = {"format": FORMAT, "step": moment.step, "identity": identity(cfg), "phases": moment.phases}
+            torch.save(known | {"digests": digests}, scratch / "state.pt")
             (scratch / "config.yaml").write_text(dump(cfg))
     if everyone.first:
         prune(directory, cfg.keep_checkpoints, target)
@@ -176,13 +178,19 @@ def resume(directory: Path, plan: Plan, cfg: Config) -> int:
 def load(path: Path, plan: Plan, cfg: Config) -> int:
     """Restores all models, wherever they lived, and the phases taken; returns the steps done.
 
-    Raises `ValueError` for a checkpoint of another config, `OSError` or `RuntimeError` for one that is damaged.
+    Raises `ValueError` for a checkpoint of another format or config, `OSError` or `RuntimeError` for a damaged one.
     """
 
     place = plan.place
 
     def readable() -> int:
         saved = read(path / "state.pt")
+        older = 3 if "digests" in saved else 1 if "branches" in saved else 2  # which did not say so
+        if (got := saved.get("format", older)) != FORMAT:
+            rule = (
+                f"resume: {path} must be a checkpoint of format {FORMAT}; got format {got}, of another version of copd"
+            )
+            raise ValueError(f"{rule}; go on with that one, or resume=false starts anew")
         same(saved["identity"], cfg, f"{path} (see its config.yaml)")
         step = int(saved["step"])
         if plan.govern is not None:
@@ -190,8 +198,6 @@ def load(path: Path, plan: Plan, cfg: Config) -> int:
         taken = min(step, len(plan.phases))
         if plan.phases[:taken] != saved["phases"][:taken]:
             raise ValueError(f"resume: cycles must leave the {step} steps of {path} what they were; got other phases")
-        if "digests" not in saved:
-            raise OSError("it is of an older version")
         for name in filter(place.holds, plan.names(step)):
             state.check(path / folder(name), saved["digests"], place.peers)
         return step

@@ -15,6 +15,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ T = TypeVar("T")
 Edge = TypeVar("Edge", bound=tuple[Any, ...])
 Sent = list[tuple[Any, Tensor]]
 """what to wait for, each with the memory that must stay until then"""
+GONE = re.compile(r"[\w ]*(closed by peer|reset by peer|timed out)[\w ]*", re.IGNORECASE)
+"""what gloo says of a rank that is no longer there, or does not answer"""
 KEEPERS = ("merged", "consolidated")
 
 
@@ -52,7 +55,13 @@ def joined(cfg: Config) -> Iterator[None]:
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=cfg.timeout))
-    yield
+    try:
+        yield
+    except RuntimeError as error:
+        if (gone := GONE.search(str(error))) is None:
+            raise
+        rule = f"ranks: every process must stay to the end and answer within timeout={cfg.timeout:g} s"
+        raise ConnectionError(f"{rule}; got {gone[0].strip()}") from error
     # not where something was raised: others may wait for this rank, and torchrun ends them when it is gone
     dist.destroy_process_group()
 
@@ -118,11 +127,11 @@ class Place(Peers):
             for name, value in (("offload", cfg.offload), ("model.adapter", cfg.model.adapter)):
                 if value:
                     raise ValueError(f"ranks: {name} must be off {where}; got {value}")
-            least = cfg.rollout.prompts
-            if cfg.method == "copd" and cfg.opd.batch == "split":
-                least //= max(map(len, teachers(cfg).values()))
-            if least < size:
-                raise ValueError(f"ranks: a batch must have a prompt for each rank {where}; got {least}")
+            split = cfg.method == "copd" and cfg.opd.batch == "split"
+            least = size * max(map(len, teachers(cfg).values())) if split else size
+            if cfg.rollout.prompts < least:
+                where += " and opd.batch=split" if split else ""
+                raise ValueError(f"ranks: rollout.prompts must be at least {least} {where}; got {cfg.rollout.prompts}")
         return place
 
     def keeper(self, name: str) -> int:

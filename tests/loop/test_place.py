@@ -198,7 +198,7 @@ def refused(folder, settings):
         (4, (), "processes must be at most 3 or a multiple, one or more for each of text, image, video; got 4"),
         (2, ("rollout.engine=vllm",), "rollout.engine must be transformers with several processes; got vllm"),
         (2, ("method=mixed", "offload=true"), "offload must be off with 2 ranks a branch; got True"),
-        (3, ("method=mopd",), "a batch must have a prompt for each rank with 3 ranks a branch; got 2"),
+        (3, ("method=mopd",), "rollout.prompts must be at least 3 with 3 ranks a branch; got 2"),
     ],
 )
 def test_what_several_ranks_cannot_run_is_refused_on_every_one(size, settings, message, tmp_path, ranks):

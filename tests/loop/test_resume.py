@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from copd_cases import make_config, make_run, run
 from test_faults import broken_after
 
@@ -105,7 +106,17 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, damage, capl
 def test_without_a_readable_checkpoint_a_run_does_not_silently_start_anew(tmp_path):
     cfg = make_config(tmp_path)
     make_run(cfg).train()
-    flip(cfg.run_dir / "checkpoint-2" / "state.pt")
+    file = cfg.run_dir / "checkpoint-2" / "state.pt"
+    whole = checkpoint.read(file)
+    older = {key: whole[key] for key in ("step", "identity")}
+    for saved, number in ((older | {"branches": {}}, 1), (older | {"phases": []}, 2), (whole | {"format": 9}, 9)):
+        torch.save(saved, file)
+        with pytest.raises(
+            ValueError, match=rf"{file.parent} must be a checkpoint of format 3; got format {number}, of"
+        ):
+            run(cfg)
+    torch.save(whole, file)
+    flip(file)
     with pytest.raises(ValueError, match="must be readable; got none; resume=false starts anew"):
         run(cfg)
 
