@@ -203,9 +203,11 @@ class FileTask:
         }[kind]
         try:
             return read(item, file if file.is_dir() else file.parent, *how)
-        except media.BROKEN as error:
-            name = media.named(item)
-            raise ValueError(f"{where}: {kind} must {rule}; got {error}{name and f' from {name}'}") from error
+        except ImportError:  # of what reads films, for all rows alike
+            raise
+        except Exception as error:  # whatever a network and decoders of damaged files may raise
+            name, got = media.named(item), str(error) or type(error).__name__
+            raise ValueError(f"{where}: {kind} must {rule}; got {got}{name and f' from {name}'}") from error
 
     def _read(self, index: int, split: Split) -> tuple[dict[str, Any], Any, list[Image.Image], list[Any]]:
         """A row, its prompt with the places of its media, and those media; in whichever thread."""
@@ -229,13 +231,14 @@ class FileTask:
                 inputs = dict(self.processor(text=[text], return_tensors="pt", **inputs))
             else:
                 inputs = dict(self.tokenizer([text], return_tensors="pt", add_special_tokens=not self.chat))
-        except (ValueError, TypeError, IndexError) as error:
+        except Exception as error:  # of whatever processor
             raise ValueError(f"{where}: the model's processor must read it; got {error}") from error
         input_ids = inputs.pop("input_ids")[0].tolist()
         kinds = inputs.pop("mm_token_type_ids", inputs.pop("token_type_ids", None))
         shown = images + [Image.fromarray(frame) for frames, _ in videos for frame in frames]
         return Prompt(
             task=self.name,
+            where=where,
             index=index if split == "train" else -1 - index,
             text=text,
             input_ids=input_ids,

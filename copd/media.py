@@ -6,7 +6,6 @@ import base64
 import io
 import re
 import urllib.request
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,6 @@ from transformers.video_utils import VideoMetadata
 
 IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 VIDEOS = {".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v"}
-# what reading one may raise
-BROKEN = (OSError, ValueError, HTTPException, Image.DecompressionBombError)
 # a dictionary's key for what it holds; bytes first, the path beside them is a name of where they once were
 KEYS = ("bytes", "image", "video", "image_url", "video_url", "url", "path")
 SECONDS = 30  # that a URL may take to answer

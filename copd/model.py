@@ -38,7 +38,8 @@ def load(cfg: ModelConfig, device: torch.device) -> tuple[PreTrainedModel, Any]:
     flash, liger = (device.type == "cuda" and find_spec(name) is not None for name in ("flash_attn", "liger_kernel"))
     if cfg.liger and liger:
         apply_liger(AutoConfig.from_pretrained(cfg.path).model_type)
-    attention = cfg.attention or ("flash_attention_2" if flash else "sdpa")
+    # None: transformers' choice, sdpa or, where that lacks what the model does (Gemma 2's softcap), its own code
+    attention = cfg.attention or ("flash_attention_2" if flash else None)
     model, processor = load_saved(cfg.path, attn_implementation=attention)
     return model.to(device), processor  # type: ignore[arg-type]  # transformers wraps `to`
 

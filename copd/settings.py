@@ -43,7 +43,7 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """compute dtype; with bfloat16 the optimiser keeps fp32 master weights"""
     attention: str | None = None
-    """`attn_implementation`; None takes flash-attn where installed, else SDPA"""
+    """`attn_implementation`; None takes flash-attn where installed, else what transformers does: SDPA where it can"""
     liger: bool = True
     """use Liger's RMSNorm, SwiGLU and RoPE where installed and on a GPU (never its losses)"""
     compile: str | None = None

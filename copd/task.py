@@ -37,6 +37,8 @@ class Prompt:
     """`answer` and every other column of the row: keyword arguments of the reward"""
     images: list[np.ndarray] = field(default_factory=list)
     """images or frames as (H, W, 3) uint8, for the report only"""
+    where: str = ""
+    """the row as its file counts it, for errors"""
 
 
 class Task(Protocol):

@@ -169,7 +169,7 @@ class VLLM:
 
     def _input(self, prompt: Prompt) -> Any:
         length, after = len(prompt.input_ids), self.cfg.rollout.max_new_tokens
-        where = f"row {prompt.index} of {prompt.task}"
+        where = prompt.where or f"row {prompt.index} of {prompt.task}"
         if length + after > self.limit:
             rule = f"rollout: prompt and max_new_tokens must fit in the {self.limit} tokens of engine vllm"
             raise ValueError(f"{rule}; got {length} + {after} for {where}; rollout.engine_options may give it more")

@@ -121,10 +121,14 @@ def test_an_odd_last_frame_is_repeated(processor):
     assert torch.equal(odd["pixel_values_videos"], even["pixel_values_videos"])
 
 
-def test_frames_that_need_resizing_name_the_package(processor):
+def test_frames_that_need_resizing_name_the_package_and_their_row(processor, write, tmp_path, monkeypatch):
     frames = np.zeros((2, 17, 16, 3), dtype=np.uint8)
     with pytest.raises(RuntimeError, match=r"multiples of 8.* got 2 frames of 17 x 16; pip install torchvision"):
         processor.video_processor([frames], [None])
+    monkeypatch.setitem(processor.video_processor.settings, "size", {"shortest_edge": 1, "longest_edge": 256})
+    task = FileTask("video", config(write(*rows(2, videos=["clip"]))), processor)
+    with pytest.raises(ValueError, match=r"video: row 0 of .*: the model's processor must read it; got .* torchvision"):
+        task.prompt(0)
 
 
 def test_frames_come_in_the_order_of_their_numbers_evenly_spaced_and_dated(processor, write):

@@ -6,6 +6,7 @@ import json
 import struct
 import threading
 import wave
+import zlib
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import av
@@ -252,6 +253,22 @@ def test_a_video_that_cannot_be_read_names_its_row(processor, write, tmp_path, k
     rule = r"film: row 0 of .*rows.jsonl: video must be a file, a folder.*; got .*"
     with pytest.raises(ValueError, match=rule + named.get(kind, "video .*bad.mp4")):
         FileTask("film", config(file), processor).prompt(0)
+
+
+@pytest.mark.parametrize("kind", ["text", "empty", "cut", "chunk", "bomb"])
+def test_a_picture_that_cannot_be_read_names_its_row(processor, write, tmp_path, kind):  # noqa: F811
+    noise = np.random.default_rng(0).integers(0, 255, (256, 256, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "bad.png")
+    data = (tmp_path / "bad.png").read_bytes()
+    second = data.index(b"IDAT", data.index(b"IDAT") + 4)
+    header = data[12:16] + struct.pack(">2I", 60_000, 60_000) + data[24:29]
+    vast = data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:]
+    bad = {"text": b"no picture", "empty": b"", "cut": data[:9000], "bomb": vast}
+    bad["chunk"] = data[:second] + b"\xcb\xed\xd9\xb5" + data[second + 4 :]
+    (tmp_path / "bad.png").write_bytes(bad[kind])
+    file = write({"prompt": "Hi", "images": ["bad.png"]}, {"prompt": "Bye"})
+    with pytest.raises(ValueError, match=r"image: row 0 of .*rows.jsonl: image must be a path, .*; got .*bad.png"):
+        FileTask("image", config(file), processor).prompt(0)
 
 
 def test_an_image_comes_from_the_network_or_its_row_is_named(processor, write, tmp_path):  # noqa: F811

@@ -27,6 +27,9 @@ TEXT = {
     "GPTNeoX": {"num_key_value_heads": 2},
     "GPT2": {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64},
     "Mixtral": {"num_local_experts": 2, "num_experts_per_tok": 1},
+    "Gemma2": {"sliding_window": 4},
+    "Granite": {},
+    "Cohere2": {"sliding_window": 4, "num_hidden_layers": 4},
     "FalconH1": {"mamba_d_ssm": 32, "mamba_n_heads": 2, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 8},
     "Qwen3Next": {
         "linear_num_key_heads": 1,

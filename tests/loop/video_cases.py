@@ -21,9 +21,11 @@ from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoP
 from transformers.models.smolvlm.processing_smolvlm import SmolVLMProcessor
 from transformers.models.smolvlm.video_processing_smolvlm import SmolVLMVideoProcessor
 
+from copd import schema, train
 from copd.branch import Branch
+from copd.config import Config
 from copd.data import FileTask
-from copd.model import collate, hidden_states
+from copd.model import collate, hidden_states, load_saved
 from copd.settings import DataConfig
 
 SQUARE = {"size": {"height": 16, "width": 16}} | HALF
@@ -123,3 +125,26 @@ def test_videos_of_several_lengths_are_read_or_refused_in_a_sentence(case):
         for row, prompt in enumerate(prompts):
             want = own_logits(model, processor, prompt)
             torch.testing.assert_close(logits[row, : len(want)], want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_reads_it_from_its_folder_and_leaves_one_that_is_read_again(case):
+    cfg, model, processor, task = case
+    folder = cfg.run_dir.parent
+    model.save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+    data = f"{{path: {task.files['train']}, test_rows: 1, fps: 1.0, rewards: [exact_match]}}"
+    options = [
+        f"output_dir={folder}",
+        f"model.path={folder / 'model'}",
+        *(f"branches.{name}={{task: data, data: {data}}}" for name in ("one", "two")),
+        "cycles=1",
+        "rl_steps=1",
+        "opd_steps=1",
+        "opd.signal=reverse",
+        "rollout={prompts: 4, samples: 2, max_new_tokens: 4, mask_truncated: false}",
+        "eval={prompts: 1, samples: 1, divergence_prompts: 1, shown: 0}",
+    ]
+    assert set(train.run(schema.load(Config, None, options))["final"]) == {"base", "one", "two", "merged"}
+    merged, own = load_saved(folder / "run" / "merged")
+    assert type(merged) is type(model)
+    assert FileTask("vision", task.cfg, own).prompt(0).input_ids == task.prompt(0).input_ids

@@ -114,8 +114,10 @@ def test_weights_that_moved_are_those_it_samples_with(branches):
 def test_a_prompt_beyond_the_limit_is_named_and_harms_nothing(branches):
     prompt = branches[0].tasks[0].prompt(3)
     long = replace(prompt, input_ids=prompt.input_ids * 20_000)
-    with pytest.raises(ValueError, match=r"prompt and max_new_tokens must fit in the \d+ tokens .* row 3 of text"):
-        branches[0].rollout([prompt, long], 0)
+    rule = r"prompt and max_new_tokens must fit in the \d+ tokens"
+    for where, named in (("", "row 3 of text"), ("text: row 7 of rows.jsonl", "text: row 7 of rows.jsonl")):
+        with pytest.raises(ValueError, match=f"{rule} .* for {named};"):
+            branches[0].rollout([prompt, replace(long, where=where)], 0)
     assert error(branches[0], branches[0].rollout([prompt], 0)) < 1e-5
 
 
