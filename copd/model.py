@@ -29,6 +29,8 @@ MEDIA = (
     ("pixel_values", "image_grid_thw", "image_token_id"),
     ("pixel_values_videos", "video_grid_thw", "video_token_id"),
 )
+# state of another form, or kept in the model's own modules
+OWN_CACHE = ("minimax", "recurrent_gemma", "reformer", "rwkv", "xlnet", "xlstm")
 
 
 def load(cfg: ModelConfig, device: torch.device) -> tuple[PreTrainedModel, Any]:
@@ -59,6 +61,9 @@ def load_saved(path: str | Path, **options: Any) -> tuple[PreTrainedModel, Any]:
     crossed = getattr(config.get_text_config(), "cross_attention_layers", None)
     if config.is_encoder_decoder or crossed or type(config) not in auto._model_mapping:
         rule = "model: path must hold a decoder that reads tokens, with images in place of some of them or without"
+        raise ValueError(f"{rule}; got {config.model_type!r} in {path}")
+    if config.model_type in OWN_CACHE:
+        rule = "model: path must hold a decoder that transformers samples with its DynamicCache"
         raise ValueError(f"{rule}; got {config.model_type!r} in {path}")
     return auto.from_pretrained(path, dtype=torch.float32, **options), load_processor(str(path))
 

@@ -16,6 +16,9 @@ from transformers import AutoConfig, AutoProcessor, AutoTokenizer, BatchFeature,
 from transformers.utils import cached_file, is_torchvision_available
 from transformers.video_utils import VideoMetadata
 
+QWEN3 = ("qwen3_vl", "qwen3_5")
+"""model types, or how they begin, of those that have Qwen3-VL's processor"""
+
 
 def read_config(path: str | Path) -> Any:
     """A checkpoint's configuration. Raises `ValueError` for a folder that is not there or not a checkpoint."""
@@ -33,7 +36,7 @@ def load_processor(path: str | Path) -> Any:
     config = read_config(path)
     if not hasattr(config, "vision_config") or not _settings(path):
         return AutoTokenizer.from_pretrained(path)
-    if config.model_type.startswith("qwen3_vl") and not is_torchvision_available():
+    if config.model_type.startswith(QWEN3) and not is_torchvision_available():
         return PilProcessor.from_pretrained(path)
     return AutoProcessor.from_pretrained(path)
 

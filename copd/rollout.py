@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from copd.model import Sequences, collate, hidden_states
 from copd.settings import RolloutConfig
@@ -201,7 +201,9 @@ def _decode(
     cache.layers = [_Layer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     last = hidden_states(model, batch, cache)[owner, -1]  # (B, D)
     cache.reorder_cache(owner)  # type: ignore[arg-type]  # it is int64
-    mask = None if batch.attention_mask is None else batch.attention_mask[owner]
+    # of no use where states alone are carried on, and pure state-space models take none
+    attends = any(isinstance(layer, CacheLayerMixin) for layer in cache.layers)
+    mask = batch.attention_mask[owner] if batch.attention_mask is not None and attends else None
     width, position = batch.input_ids.shape[1], batch.position_ids.amax(dim=(0, 2))[owner]
     row, ends = torch.tensor(rows, device=device), torch.tensor(special.eos, device=device)
     at = torch.tensor([draft.length[r] for r in rows], device=device)

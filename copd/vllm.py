@@ -22,7 +22,7 @@ from transformers import BatchFeature, PreTrainedModel
 
 from copd.config import Config
 from copd.model import MEDIA
-from copd.processor import load_processor
+from copd.processor import QWEN3, load_processor
 from copd.rollout import Rollout, Special, seed_of
 from copd.task import Prompt
 from copd.weights import Weights, Whole, base_name, vision_of
@@ -305,7 +305,7 @@ def engine_input(prompt: Prompt, config: Any) -> Any:
         ranges = places[modality] = []
         for positions in where.split(counts):
             # a video is one range, the words at its frames' ends and the times between them included
-            outside = int(modality == "video" and config.model_type.startswith("qwen3_vl"))
+            outside = int(modality == "video" and config.model_type.startswith(QWEN3))
             first, last = int(positions[0]) - outside, int(positions[-1]) + outside
             inside = torch.isin(torch.arange(first, last + 1), positions)
             ranges.append(PlaceholderRange(first, last + 1 - first, is_embed=inside if outside else None))

@@ -9,7 +9,7 @@ from transformers import AutoConfig
 
 from copd.branch import Branch
 from copd.lab.tasks import vocabulary
-from copd.model import load_saved
+from copd.model import OWN_CACHE, load_saved
 from copd_kernels import logprob
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 16, "vocab_size": 256}
@@ -30,6 +30,7 @@ TEXT = {
     "Gemma2": {"sliding_window": 4},
     "Granite": {},
     "Cohere2": {"sliding_window": 4, "num_hidden_layers": 4},
+    "Mamba": {"state_size": 4},
     "FalconH1": {"mamba_d_ssm": 32, "mamba_n_heads": 2, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 8},
     "Qwen3Next": {
         "linear_num_key_heads": 1,
@@ -112,4 +113,11 @@ def test_the_sampler_and_the_loss_read_one_head(tmp_path, family, knob, value):
 def test_a_model_that_does_not_read_tokens_alone_is_refused(tmp_path, kind):
     AutoConfig.for_model(kind).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=f"model: path must hold a decoder that reads tokens.*; got '{kind}' in"):
+        load_saved(tmp_path)
+
+
+@pytest.mark.parametrize("kind", OWN_CACHE)
+def test_a_model_with_a_cache_of_its_own_is_refused(tmp_path, kind):
+    AutoConfig.for_model(kind, is_decoder=True).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"model: path must hold a decoder that .* DynamicCache; got '{kind}' in"):
         load_saved(tmp_path)

@@ -36,6 +36,8 @@ VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "n
 QWEN_VISION = {"depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "patch_size": 4}
 QWEN_VISION |= {"spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": 32}
 MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
+LINEAR = {"linear_num_key_heads": 1, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+LINEAR |= {"rope_parameters": MROPE["rope_parameters"] | {"mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5}}
 HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 
 
@@ -82,6 +84,10 @@ def qwen(kind):
     if kind == "qwen2_5_vl":
         vision = vision | {"window_size": 16, "fullatt_block_indexes": [1]}
         processor = images_only(Qwen2_5_VLProcessor, pixels, words, chat)
+    elif kind == "qwen3_5":
+        vision = vision | {"num_position_embeddings": 64}
+        processor = PilProcessor(pixels, words, chat)
+        text = text | LINEAR | {"layer_types": ["linear_attention", "full_attention"]}
     else:
         vision = vision | {"num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
         text["rope_parameters"] = text["rope_parameters"] | {"mrope_interleaved": True}
@@ -147,7 +153,7 @@ def smolvlm():
     return config, processor
 
 
-FAMILIES = {kind: (lambda kind=kind: qwen(kind)) for kind in ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")}
+FAMILIES = {kind: (lambda kind=kind: qwen(kind)) for kind in ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5")}
 FAMILIES |= {build.__name__: build for build in (gemma3, internvl, llava_onevision, smolvlm)}
 
 

@@ -36,6 +36,7 @@ PROCESSORS = {
     "qwen2_5_vl": (Qwen2_5_VLProcessor, {}, Qwen2VLVideoProcessor, QWEN),
     "qwen3_vl": (Qwen3VLProcessor, {}, Qwen3VLVideoProcessor, QWEN),
     "qwen3_vl_moe": (Qwen3VLProcessor, {}, Qwen3VLVideoProcessor, QWEN),
+    "qwen3_5": (Qwen3VLProcessor, {}, Qwen3VLVideoProcessor, QWEN),
     "internvl": (InternVLProcessor, {"image_seq_length": 4}, InternVLVideoProcessor, SQUARE),
     "llava_onevision": (
         LlavaOnevisionProcessor,
