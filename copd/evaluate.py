@@ -14,16 +14,18 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from copd import files, topology
 from copd.branch import Branch
 from copd.coevolve import Plan
 from copd.distill import TeacherScore, Told
 from copd.log import Log
+from copd.peers import Peers
 from copd.ranks import Place
 from copd.rollout import Rollout, completions, rewards, seed_of
 from copd.schema import digest
-from copd.task import Task
+from copd.task import Prompt, Task
 from copd_kernels import Head, agreement
 
 logger = logging.getLogger("copd")
@@ -69,21 +71,22 @@ def divergences(plan: Plan, tasks: Mapping[str, Task], log: Log, step: int) -> l
         if {student, teacher} <= plan.place.owner.keys()
         and not log.last("divergence", step=step, student=student, teacher=teacher)
     ]
-    asked: dict[tuple[str, str], Rollout] = {}
+    asked: dict[tuple[str, str], tuple[Rollout, Peers]] = {}
 
     def ask(edge: tuple[str, str]) -> Rollout:
-        task = tasks[edge[0]]
-        rows = [task.prompt(i, "test") for i in range(min(cfg.eval.divergence_prompts, task.size("test")))]
-        asked[edge] = branches[edge[0]].rollout(rows, seed_of("divergence", task.name))
-        return asked[edge]
+        task, student = tasks[edge[0]], branches[edge[0]]
+        rows, first, peers = _shared(student, task, cfg.eval.divergence_prompts)
+        rollout = student.rollout(rows, seed_of("divergence", task.name), first=first)
+        asked[edge] = rollout, peers
+        return rollout
 
     def answer(edge: tuple[str, str], rollout: Rollout, keep: torch.device) -> Told:
         return branches[edge[1]].score(rollout, keep=keep).apart()
 
-    found = {
-        edge: divergence(branches[edge[0]], asked.pop(edge), replace(score, states=states), tasks[edge[0]])
-        for edge, (score, states) in plan.place.exchange(edges, ask, answer, device)
-    }
+    found = {}
+    for edge, (score, states) in plan.place.exchange(edges, ask, answer, device):
+        (rollout, peers), score = asked.pop(edge), replace(score, states=states)
+        found[edge] = divergence(branches[edge[0]], rollout, score, tasks[edge[0]], peers)
     plan.place.settle()
     for record in plan.place.union(found, edges).values():
         log.write("divergence", step, record)
@@ -128,44 +131,58 @@ def final(
 def accuracy(branch: Branch, task: Task, prompts: int, samples: int) -> tuple[Record, list[Record]]:
     """Mean reward on the task's first test prompts, sampled and greedy, and a few samples to show.
 
-    Where every reward is 0 or 1 the mean is an accuracy too, and called so.
+    Where every reward is 0 or 1 the mean is an accuracy too, and called so. Ranks of a branch share the prompts.
     """
-    rows = [task.prompt(i, "test") for i in range(min(prompts, task.size("test")))]
-    sampled = branch.rollout(rows, seed_of("test", task.name), samples)
-    greedy = branch.rollout(rows, 0, 1, greedy=True)
-    reward, best = rewards(task, sampled), rewards(task, greedy)
+    rows, first, peers = _shared(branch, task, prompts)
+
+    def mine() -> tuple[list[Record], list[Tensor]]:
+        sampled = branch.rollout(rows, seed_of("test", task.name), samples, first=first)
+        greedy = branch.rollout(rows, 0, 1, greedy=True, first=first)
+        reward, best = rewards(task, sampled), rewards(task, greedy)
+        texts, scores = completions(task, sampled)[::samples], reward[:, 0].tolist()
+        shown = [
+            {
+                "branch": branch.name,
+                "domain": task.name,
+                "index": row.index,
+                "prompt": row.text,
+                "completion": text,
+                "answer": str(row.columns.get("answer", "")),
+                "reward": score,
+                "images": [data_uri(image) for image in row.images],
+            }
+            for row, text, score in list(zip(rows, texts, scores, strict=True))[: max(0, branch.cfg.eval.shown - first)]
+        ]
+        return shown, [reward, best, sampled.truncated.cpu(), sampled.mask.sum(1).cpu()]
+
+    everyones = peers.all(peers.together(mine))
+    reward, best, truncated, length = (torch.cat(x) for x in zip(*(found for _, found in everyones), strict=True))
     means = {"": reward.nanmean().item(), "_greedy": best.nanmean().item()}
     record = {
         "branch": branch.name,
         "domain": task.name,
         "samples": reward.numel(),
-        "clipped_ratio": sampled.truncated.float().mean().item(),
-        "mean_length": sampled.mask.sum(1).float().mean().item(),
+        "clipped_ratio": truncated.float().mean().item(),
+        "mean_length": length.float().mean().item(),
     }
     record |= {f"reward{how}": mean for how, mean in means.items()}
     known = torch.cat([reward.flatten(), best.flatten()])
     if ((known == 0) | (known == 1) | known.isnan()).all():  # right or wrong
         record |= {f"accuracy{how}": mean for how, mean in means.items()}
-    texts, scores = completions(task, sampled)[::samples], reward[:, 0].tolist()
-    shown = [
-        {
-            "branch": branch.name,
-            "domain": task.name,
-            "index": row.index,
-            "prompt": row.text,
-            "completion": text,
-            "answer": str(row.columns.get("answer", "")),
-            "reward": score,
-            "images": [data_uri(image) for image in row.images],
-        }
-        for row, text, score in list(zip(rows, texts, scores, strict=True))[: branch.cfg.eval.shown]
-    ]
-    return record, shown
+    return record, [sample for shown, _ in everyones for sample in shown]
+
+
+def _shared(branch: Branch, task: Task, prompts: int) -> tuple[list[Prompt], int, Peers]:
+    """This rank's share of a task's first test prompts, how many come before it, and who has the rest."""
+    count = min(prompts, task.size("test"))
+    peers = branch.peers.over(count)
+    share = peers.share(count)
+    return [task.prompt(i, "test") for i in range(share.start, share.stop)], share.start, peers
 
 
 @torch.no_grad()
-def divergence(student: Branch, rollout: Rollout, teacher: TeacherScore, task: Task) -> Record:
-    """Top-k overlap and KLs between two branches at the tokens that `student` sampled on the task's test prompts.
+def divergence(student: Branch, rollout: Rollout, teacher: TeacherScore, task: Task, peers: Peers) -> Record:
+    """Top-k overlap and KLs between two branches at the tokens that `student`, or its `peers`, sampled on test prompts.
 
     `symmetric_kl` is forward + reverse, not halved.
     """
@@ -178,7 +195,8 @@ def divergence(student: Branch, rollout: Rollout, teacher: TeacherScore, task: T
             seen = agreement(head, [other], k=cfg.eval.top_k, temperature=cfg.rollout.temperature)
             sums = [total + value.sum().item() for total, value in zip(sums, seen, strict=True)]
             count += len(tokens)
-    overlap, forward_kl, reverse_kl = (torch.tensor(sums) / count).tolist()
+    totals = torch.stack(peers.all(torch.tensor([*sums, count], dtype=torch.float64))).sum(0)
+    overlap, forward_kl, reverse_kl = (totals[:3].float() / totals[3].float()).tolist()
     return {
         "student": student.name,
         "teacher": teacher.name,
@@ -187,7 +205,7 @@ def divergence(student: Branch, rollout: Rollout, teacher: TeacherScore, task: T
         "forward_kl": forward_kl,
         "reverse_kl": reverse_kl,
         "symmetric_kl": forward_kl + reverse_kl,
-        "tokens": count,
+        "tokens": int(totals[3]),
     }
 
 

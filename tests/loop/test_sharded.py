@@ -9,7 +9,7 @@ from copd_cases import CPU, make_config, save
 from safetensors.torch import load_file
 from test_place import begin, whole_run
 
-from copd import checkpoint, train
+from copd import checkpoint, evaluate, train
 
 TWO = ("text", "image")
 # AdamW makes a step of lr of a gradient that is rounding alone, unless eps is above it
@@ -50,6 +50,28 @@ def test_two_ranks_a_branch_make_the_run_of_one_process(case, tmp_path, ranks):
         ours = load_file(theirs)
         for name, value in load_file(path).items():
             torch.testing.assert_close(ours[name], value, rtol=0, atol=2e-5, msg=f"{path} {name}")
+
+
+def evaluated(folder, prompts, fails=False):
+    """What a model of these ranks scores on test prompts, how many this one samples; or what a reward of one raises."""
+    trainer = train.Run(cfg := make_config(folder, "method=mixed", "eval.shown=3"), *begin(cfg, CPU))
+    branch, task, asked = trainer.plan.branches[0], trainer.tasks["text"], []
+    rollout, reward = branch.rollout, task.reward
+    branch.rollout = lambda rows, *rest, **options: asked.append(len(rows)) or rollout(rows, *rest, **options)
+    task.reward = lambda *given: 1 / 0 if fails and branch.peers.index else reward(*given)
+    if not fails:
+        return *evaluate.accuracy(branch, task, prompts, 2), asked
+    with pytest.raises(ZeroDivisionError):
+        evaluate.accuracy(branch, task, prompts, 2)
+
+
+def test_ranks_of_a_branch_share_the_prompts_of_an_evaluation(tmp_path, ranks):
+    for prompts, shares in ((5, [2, 3]), (1, [1, 1])):  # a rank alone where there is not one for each
+        ((*alone, _),) = ranks(1, evaluated, tmp_path, prompts)
+        for (*found, asked), share in zip(ranks(2, evaluated, tmp_path, prompts), shares, strict=True):
+            assert asked == [share, share]
+            assert found == alone
+    assert ranks(2, evaluated, tmp_path, 5, True, seconds=90) == [None, None]
 
 
 def saved_again(folder):
