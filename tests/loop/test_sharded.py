@@ -74,27 +74,30 @@ def test_ranks_of_a_branch_share_the_prompts_of_an_evaluation(tmp_path, ranks):
     assert ranks(2, evaluated, tmp_path, 5, True, seconds=90) == [None, None]
 
 
-def saved_again(folder):
-    """On every rank: goes on from a checkpoint and writes it a second time."""
+def saved_again(folder, source, target):
+    """On every rank: goes on from the checkpoint in one folder, and writes it into another."""
     cfg = make_config(folder, *SETTINGS, "opd.teacher=phase_start", domains=TWO)
     plan = train.Run(cfg, *begin(cfg, CPU)).plan
-    step = checkpoint.resume(cfg.run_dir, plan, cfg)
-    return save(folder / "again", step, plan, cfg)
+    step = checkpoint.resume(folder / source, plan, cfg)
+    return save(folder / target, step, plan, cfg)
 
 
 def test_a_checkpoint_passes_through_shards_bit_for_bit(tmp_path, ranks):
-    """What one process saved in the middle of a phase, frozen teachers included."""
+    """What one process saved in the middle of a phase, frozen teachers included, by two ranks a branch to one each."""
     settings = (*SETTINGS, "opd.teacher=phase_start", "checkpoint_every=3")
     ranks(1, whole_run, tmp_path, settings, TWO)
     shutil.rmtree(tmp_path / "run" / "checkpoint-4")
-    (path, *_) = ranks(4, saved_again, tmp_path)
+    path, *_ = ranks(4, saved_again, tmp_path, "run", "shards")
+    back, *_ = ranks(2, saved_again, tmp_path, "shards", "back")
     for name in TWO:
         (before,) = (tmp_path / "run" / "checkpoint-3" / f"branch-{name}").iterdir()
         first, second = map(load_file, sorted((path / f"branch-{name}").iterdir()))
         saved = load_file(before)
         assert {key.partition(".")[0] for key in saved} == {"weights", "frozen", "step", "exp_avg", "exp_avg_sq"}
-        assert saved.keys() == first.keys() | second.keys()
+        (after,) = map(load_file, (back / f"branch-{name}").iterdir())
+        assert saved.keys() == after.keys() == first.keys() | second.keys()
         for key, value in saved.items():
             halves = [half[key] for half in (first, second) if key in half]
             assert torch.equal(torch.cat(halves) if value.dim() else halves[0], value), key
+            assert torch.equal(after[key], value), key
             assert len(halves) == 1 or len(halves[1]) <= len(halves[0]) < len(value)
