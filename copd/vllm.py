@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from transformers import BatchFeature, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from copd.config import Config
 from copd.model import MEDIA
@@ -94,12 +95,16 @@ class VLLM:
         """Starts it where it has not been; returns whether it is asleep."""
         if self.engine is not None:
             return self.sleeps
+        cfg, gpu = self.cfg, model.device.type == "cuda"
+        if not gpu and any(".experts." in name for name in model.state_dict()):
+            # whose build goes on with the experts that it began with
+            rule = "rollout: engine vllm must have a model without experts on a CPU"
+            raise ValueError(f"{rule}; got {self.architecture}; rollout.engine=transformers samples it")
         # in this process, where it can take weights as they lie in memory; read when vllm is first imported
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         from vllm import EngineArgs, LLMEngine
 
-        cfg, gpu = self.cfg, model.device.type == "cuda"
         self.scratch = tempfile.TemporaryDirectory(prefix="copd-vllm-")
         folder = Path(self.scratch.name)
         config = type(self.config).from_dict(self.config.to_dict())
@@ -201,7 +206,10 @@ class VLLM:
         self.base = None
         # the whole state, tied weights under each of their names: the CPU build packs the head apart
         state = {base_name(name): value for name, value in model.state_dict().items()}
-        tensors = ((name, value) for name, value in state.items() if name is not None)
+        # by the names, and with the experts one by one, that a checkpoint has
+        saved = revert_weight_conversion(model, {name: value for name, value in state.items() if name is not None})
+        has_head = any(self.engine.apply_model(_has_head))
+        tensors = ((name, value) for name, value in saved.items() if has_head or not name.endswith("lm_head.weight"))
         self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
         # in this order: the scheduler would take pictures and prefixes of other weights for known
         self.engine.reset_encoder_cache()
@@ -234,6 +242,11 @@ class VLLM:
             for output in self.engine.step():
                 done[int(output.request_id)] = output.outputs
         return [row for place in range(len(asked)) for row in sorted(done[place], key=lambda row: row.index)]
+
+
+def _has_head(model: nn.Module) -> bool:
+    """Whether vLLM's model has an `lm_head`, or multiplies by its embeddings instead, as its Gemma 2 does."""
+    return any(name.endswith("lm_head") for name, _ in model.named_modules())
 
 
 def check_read(processor: Any, folder: Path) -> None:

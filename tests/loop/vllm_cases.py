@@ -9,7 +9,7 @@ from copd_cases import make_branch, make_config
 from test_adapter import make_base, moved
 from test_data import EXAMPLES, processor  # noqa: F401  (a fixture)
 from test_data import checkpoint as save_model
-from transformers import PhiConfig, PhiForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, MixtralConfig, MixtralForCausalLM, PhiConfig, PhiForCausalLM
 
 from copd import checkpoint, cli, engine, schema, train
 from copd.adapter import Adapter, lora_config
@@ -257,6 +257,25 @@ def test_more_prompts_than_a_forward_of_the_engine_takes_are_sampled(branches, p
     monkeypatch.setattr(branch, "engine", engine.make(cfg, branch.model, processor))
     assert sum(len(row.input_ids) for row in long) > 2 * 256
     assert error(branch, branch.rollout(long, 7)) < 1e-5
+
+
+def test_a_text_model_that_multiplies_by_its_embeddings_is_sampled(tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 32, "sliding_window": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "query_pre_attn_scalar": 32, "initializer_range": 0.15}
+    special = {"vocab_size": 256, "eos_token_id": 2, "pad_token_id": 0, "bos_token_id": 1}
+    torch.manual_seed(0)
+    model, words = Gemma2ForCausalLM(Gemma2Config(**sizes, **heads, **special)).eval(), vocabulary.tokenizer()
+    cfg = config(tmp_path, "rollout.temperature=1")
+    branch = Branch("text", make_branch(cfg).tasks, model, words, cfg, model.device, engine.make(cfg, model, words))
+    assert error(branch, branch.rollout([branch.tasks[0].prompt(i) for i in range(2)], 8)) < 1e-5
+
+
+def test_experts_are_refused_on_a_cpu(tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = MixtralForCausalLM(MixtralConfig(vocab_size=256, num_key_value_heads=1, num_local_experts=2, **sizes))
+    vllm = engine.make(config(tmp_path), model, vocabulary.tokenizer())
+    with pytest.raises(ValueError, match="must have a model without experts on a CPU; got MixtralForCausalLM; rollout"):
+        vllm.sample(Whole(model), [], 1, None, 0)
 
 
 def test_a_model_that_the_engine_takes_from_transformers_is_refused(tmp_path):
