@@ -100,6 +100,17 @@ def saved(ctx: Any) -> list[Any]:
     return [ctx.apart.get(i, x) for i, x in enumerate(ctx.saved_tensors)]
 
 
+def freed(x: Tensor, alone: bool) -> bool:
+    """Whether this backward may write over a saved tensor: an op's result that no caller holds (`alone`), whose graph is
+    not kept for another backward or a second derivative, and no compiler looks on."""
+    return alone and type(x) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def finish(total: Tensor, factor: Tensor, dtype: torch.dtype, alone: bool) -> Tensor:
+    """total * factor in `dtype`, of a saved `total`: in its memory where that may be."""
+    return total.mul_(factor) if total.dtype == dtype and freed(total, alone) else scale(total, factor, dtype)
+
+
 def fake_gradients(hidden: Tensor, lm_head: Tensor, want: list[bool], dtype: torch.dtype) -> list[Tensor]:
     """Shapes of `Gradients.tensors()`."""
     shapes = (hidden.shape, lm_head.shape, lm_head.shape[:1])

@@ -29,13 +29,13 @@ from .combine import combine_rows
 from .flatten import (
     Flat,
     fake_gradients,
+    finish,
     flatten,
     logits_dtype,
     number,
     projections,
     save,
     saved,
-    scale,
     wanted,
 )
 from .head import Head, check_head
@@ -73,13 +73,15 @@ def kl_op(
     per_token: bool,
     stats: bool,
     want: list[bool],
+    alone: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Per-token w·d (N,) or its sum (), then the sum's gradients over `unit`, then `unit`; last, with `stats`, the
     student's entropy (N,) and each teacher's mean divergence (T,), else (0,) each.
 
     `teacher_weight` is (T, N) or (T, 1), and (1, 1) where `teacher_index` routes. `numbers` and `vocab_sizes` are those
     of `Flat` for student and teachers, `temperature` is () or (N,). `tails` has an entry a teacher, empty for a head;
-    the others' ids and log-probs are `teacher_lists`, in turn. `support` is that of `Support.text`.
+    the others' ids and log-probs are `teacher_lists`, in turn. `support` is that of `Support.text`. `alone` says that
+    the caller drops the gradients, which backward may then finish where they are.
     """
     dtype = logits_dtype([hidden, *teacher_hidden])
     tensors = [hidden, *teacher_hidden], [lm_head, *teacher_lm_head], [bias, *teacher_bias]
@@ -204,7 +206,7 @@ def segments(N: int, teachers: list[Projection | Listed], teacher_index: Tensor 
 def _(  # type: ignore[no-untyped-def]  # the types are those of kl_op
     hidden, lm_head, bias, teacher_hidden, teacher_lm_head, teacher_bias, teacher_lists, teacher_weight,
     teacher_index, token_weight, numbers, beta, temperature, vocab_sizes, shard, tails, support, combine,
-    divergence, backend, workspace_bytes, per_token, stats, want,
+    divergence, backend, workspace_bytes, per_token, stats, want, alone,
 ):  # fmt: skip
     dtype = logits_dtype([hidden, *teacher_hidden])
     result = hidden.new_empty(hidden.shape[:1] if per_token else (), dtype=dtype)
@@ -218,7 +220,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.dtype, ctx.sizes = inputs[0].dtype, [len(tensors) for tensors in lists]
-    *ctx.rest, ctx.per_token, _, _ = rest
+    *ctx.rest, ctx.per_token, _, _, ctx.alone = rest
     if ctx.per_token:
         save(ctx, *student, *weights, *(x for tensors in lists for x in tensors))
     else:
@@ -227,7 +229,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Any, ...]:
     nothing = ([None] * size for size in ctx.sizes)
-    student = [None] * 3
+    student: list[Tensor | None] = [None] * 3
     needs = ctx.needs_input_grad[:3]
     if upstream is not None:
         kept = saved(ctx)
@@ -237,12 +239,14 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Any, ...]:
             lists = [[*islice(rest, size)] for size in ctx.sizes]
             weights.append(torch.where(token_weight == 0, 0, token_weight * upstream))
             constants = (numbers, beta, temperature, *ctx.rest)
-            _, *gradients, unit, _, _ = kl_op(*kept[:3], *lists, *weights, *constants, False, False, list(needs))
+            _, *gradients, unit, _, _ = kl_op(*kept[:3], *lists, *weights, *constants, False, False, list(needs), True)
         else:
             *gradients, unit = kept
             unit = unit * upstream
-        student = [scale(g, unit, ctx.dtype) if need else None for g, need in zip(gradients, needs, strict=True)]
-    return *student, *nothing, *[None] * 17
+        student = [
+            finish(g, unit, ctx.dtype, ctx.alone) if need else None for g, need in zip(gradients, needs, strict=True)
+        ]
+    return *student, *nothing, *[None] * 18
 
 
 kl_op.register_autograd(_backward, setup_context=_save)
@@ -404,6 +408,7 @@ def kl(
         reduction == "none",
         stats,
         wanted(student) if reduction != "none" else [False] * 3,
+        True,
     )
     result, *_, entropy, teacher_kl = outputs
     if reduction == "none":

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import reference
 from ._ops import NAMESPACE
 from .checks import check, check_integer, check_integers, check_temperatures, check_values, check_workspace
-from .flatten import Flat, fake_gradients, flatten, logits_dtype, projections, save, saved, scale, wanted
+from .flatten import Flat, fake_gradients, flatten, freed, logits_dtype, projections, save, saved, scale, wanted
 from .head import Head, check_head
 from .pages import in_huge_pages
 from .results import LogProb, LogProbStats
@@ -43,10 +43,12 @@ def logprob_op(
     workspace_bytes: int,
     recompute: bool,
     stats: bool,
+    alone: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logp, entropy, lse), (N,) each, then what is kept for backward: logits (N, V) or (0, V), each row's statistics
     (4, N) and its top token (N,); then is_top1, mean_logits and log_sum_sq_probs, (N,) each with `stats` or (0,).
-    `numbers` is the head's scale and softcap, `temperature` () or (N,)."""
+    `numbers` is the head's scale and softcap, `temperature` () or (N,). `alone` says that the caller drops the logits,
+    which backward may then write over."""
     head = single(hidden, lm_head, bias, numbers, vocab_size, shard, temperature)
     rows, keep = load(backend, shard), tokens != ignore_index
     temperature = where_they_count(temperature, keep)
@@ -97,21 +99,41 @@ def logprob_backward(
     upstream: Tensor,
     want: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, lm_head and bias in hidden's dtype; `upstream` (3, N) belongs to logp, entropy and lse.
+    """Gradients of hidden, lm_head and bias in hidden's dtype; `upstream` (3, N) belongs to logp, entropy and lse."""
+    head = single(hidden, lm_head, bias, numbers, vocab_size, shard, temperature)
+    rest = temperature, shard, ignore_index, backend, workspace_bytes, kept, sides, top, upstream, want
+    return differentiate(head, lm_head.shape[0], False, tokens, *rest)
+
+
+def differentiate(
+    head: Projection,
+    padded: int,
+    overwrite: bool,
+    tokens: Tensor,
+    temperature: Tensor,
+    shard: str,
+    ignore_index: int,
+    backend: str,
+    workspace_bytes: int,
+    kept: Tensor,
+    sides: Tensor,
+    top: Tensor,
+    upstream: Tensor,
+    want: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Those gradients, of an lm_head of `padded` rows; `overwrite` says that dlogits may take the place of `kept`.
 
     The statistics are those of the forward's logits: made again they would cost a sweep over the rows.
     """
-    head = single(hidden, lm_head, bias, numbers, vocab_size, shard, temperature)
     rows, keep = load(backend, shard), tokens != ignore_index
     temperature = where_they_count(temperature, keep)
     upstream = torch.where(keep, upstream, 0)
     if temperature.dim():
         # the rows know of none
         upstream = upstream / temperature
-    gradients = Gradients(head, lm_head.shape[0], want, upstream)
-    # kept logits are not overwritten: a second backward reads them again
-    own = gradients.dlogits_dtype or (kept.dtype if kept.numel() else None)
-    space = Workspace(hidden.shape[0], 1, head.columns, upstream, workspace_bytes, own, kept)
+    gradients = Gradients(head, padded, want, upstream)
+    own = gradients.dlogits_dtype or (kept.dtype if kept.numel() and not overwrite else None)
+    space = Workspace(head.N, 1, head.columns, upstream, workspace_bytes, own, kept)
     side, token, g = Side(sides[0], top, *sides[1:]), torch.where(keep, tokens, 0), upstream * gradients.factor
     cap, its_rows = softcap_of(head, temperature, backend, shard, rows)
     for chunk in space.chunks:
@@ -121,9 +143,10 @@ def logprob_backward(
         its = Side(*(x[chunk] for x in side))
         its_rows.logprob_grad(z, its, token[chunk], *g[:, chunk].unbind(), cap(chunk), dlogits)
         gradients.add(dlogits, mine, chunk)
+    dtype = head.hidden.dtype
     # where they are: nobody else holds these sums, and a copy of dlm_head would be the largest allocation here
     finished = (
-        x.mul_(gradients.unit) if x.dtype == hidden.dtype else scale(x, gradients.unit, hidden.dtype)
+        x.mul_(gradients.unit) if x.dtype == dtype else scale(x, gradients.unit, dtype)
         for x in gradients.tensors(shard)
     )
     dhidden, dlm_head, dbias = finished
@@ -147,7 +170,7 @@ def single(
 def _(
     hidden: Tensor, lm_head: Tensor, bias: Tensor, tokens: Tensor, numbers: Tensor, temperature: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    V, shard, *_, workspace_bytes, recompute, stats = rest
+    V, shard, *_, workspace_bytes, recompute, stats, _ = rest
     dtype = logits_dtype([hidden])
     per_token = [hidden.new_empty(hidden.shape[:1], dtype=dtype) for _ in range(3)]
     kept = empty_logits(hidden, Shard.read(shard).columns or V, dtype, workspace_bytes, recompute)
@@ -167,7 +190,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[3:])
     save(ctx, *inputs[:6], *output[3:6])
-    *ctx.rest, _, _ = inputs[6:]
+    *ctx.rest, _, _, ctx.alone = inputs[6:]
 
 
 def _backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
@@ -176,8 +199,15 @@ def _backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
     tokens = inputs[3]
     zero = kept.new_zeros(tokens.shape)
     stacked = torch.stack([zero if u is None else u for u in upstream[:3]])
-    gradients = logprob_backward(*inputs, *ctx.rest, kept, sides, top, stacked, needs)
-    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *[None] * 10
+    rest: list[Any] = [*ctx.rest, kept, sides, top, stacked, needs]
+    if freed(kept, ctx.alone):
+        hidden, lm_head, bias, _, numbers, temperature = inputs
+        vocab_size, shard, *_ = rest
+        head = single(hidden, lm_head, bias, numbers, vocab_size, shard, temperature)
+        gradients = differentiate(head, lm_head.shape[0], True, tokens, temperature, *rest[1:])
+    else:
+        gradients = logprob_backward(*inputs, *rest)
+    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *[None] * 11
 
 
 logprob_op.register_autograd(_backward, setup_context=_save)
@@ -271,6 +301,7 @@ def logprob(
         # nothing to keep for a backward that will not come
         bool(recompute) or not any(wanted(head)),
         stats,
+        True,
     )
     logp, entropy, lse, *extra = (x.view(shape) for x in (*outputs[:3], *outputs[6 if stats else 9 :]))
     return LogProbStats(logp, entropy, lse, *extra) if stats else LogProb(logp, entropy, lse)

@@ -25,13 +25,13 @@ from .checks import (
 from .flatten import (
     Flat,
     fake_gradients,
+    finish,
     flatten,
     logits_dtype,
     number,
     projections,
     save,
     saved,
-    scale,
     wanted,
 )
 from .head import Head, as_heads, check_same_vocabulary
@@ -57,10 +57,11 @@ def mutual_op(
     backend: str,
     workspace_bytes: int,
     want: list[bool],
+    alone: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """sum_e edge_weight_e sum_n u_n D_en, sum_n u_n D_en (E,), then three gradients and their unit for each head.
 
-    `edges` lists student, teacher, student, teacher, ...; `want` has three flags a head.
+    `edges` lists student, teacher, student, teacher, ...; `want` has three flags a head. `alone` as in `kl_op`.
     """
     dtype = logits_dtype(hidden)
     heads = projections(Flat(hidden, lm_head, bias, numbers, vocab_sizes, shard), temperature, dtype)
@@ -119,7 +120,7 @@ def mutual_op(
 def _(
     hidden: list[Tensor], lm_head: list[Tensor], bias: list[Tensor | None], edge_weight: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    dtype, want = logits_dtype(hidden), rest[-1]
+    dtype, want = logits_dtype(hidden), rest[-2]
     empty = hidden[0].new_empty
     made: list[Tensor] = []
     for k in range(len(hidden)):
@@ -132,7 +133,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     _, edge_sum, made = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(edge_sum, *made)
-    ctx.dtypes = [x.dtype for x in inputs[0]]
+    ctx.dtypes, ctx.alone = [x.dtype for x in inputs[0]], inputs[-1]
     save(ctx, *made)
 
 
@@ -145,8 +146,8 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
             *gradients, unit = made[4 * k : 4 * k + 4]
             for kind, gradient in enumerate(gradients):
                 if ctx.needs_input_grad[kind][k]:
-                    result[kind][k] = scale(gradient, unit * upstream, dtype)
-    return *result, *[None] * 12
+                    result[kind][k] = finish(gradient, unit * upstream, dtype, ctx.alone)
+    return *result, *[None] * 13
 
 
 mutual_op.register_autograd(_backward, setup_context=_save)
@@ -247,6 +248,7 @@ def mutual_kl(
         name,
         workspace_bytes or 0,
         [flag for head in heads for flag in wanted(head)],
+        True,
     )
     mass = token_weight.sum()
     mass = torch.where(mass > 0, mass, 1)

@@ -195,7 +195,8 @@ def power_of_two(weight: Tensor) -> Tensor:
 class Workspace:
     """The one large buffer: a chunk's logits of H heads, and its dlogits where they cannot overwrite the student's.
 
-    `kept`, one head's logits of all tokens (N, V), takes the place of the chunk's unless it is empty.
+    `kept`, one head's logits of all tokens (N, V), takes the place of the chunk's unless it is empty; where dlogits may
+    overwrite them no other memory is needed, and the chunk is all tokens.
     """
 
     def __init__(
@@ -217,6 +218,8 @@ class Workspace:
         most = budget(workspace_bytes, device) // row_bytes
         if device.type == "cpu":
             most = min(most, max(ENOUGH_TOKENS, ENOUGH_BYTES // row_bytes))
+        if self.kept is not None and not separate:
+            most = N
         self.chunks = chunks(N, most)
         R = max((c.stop - c.start for c in self.chunks), default=0)
         self.z = in_huge_pages(torch.empty(heads * R * stride if self.kept is None else 0, dtype=dtype, device=device))
@@ -232,7 +235,9 @@ class Workspace:
         return self.z[: self.heads * R * self.stride].view(self.heads, R, self.stride)[..., : self.V]
 
     def dlogits(self, chunk: slice, dtype: torch.dtype | None = None) -> Tensor:
-        """(R, V): its own memory, or the first head's logits; read as `dtype`, where that is narrower."""
+        """(R, V): its own memory, or the first head's logits or those kept; read as `dtype`, where that is narrower."""
+        if self.kept is not None and self.separate is None:
+            return self.kept[chunk]
         R = chunk.stop - chunk.start
         own = self.z if self.separate is None else self.separate
         return (own if dtype is None else own.view(dtype))[: R * self.stride].view(R, self.stride)[:, : self.V]

@@ -74,11 +74,12 @@ def cast(head: Head, dtype: torch.dtype, device="cpu") -> Head:
     return dataclasses.replace(head, **tensors)
 
 
-def gradients(value: Tensor, head: Head, upstream: Tensor | None = None) -> dict[str, Tensor]:
+def gradients(value: Tensor, head: Head, upstream: Tensor | None = None, last: bool = False) -> dict[str, Tensor]:
+    """With `last` the graph is freed, and what it saved may be written over."""
     wrt = {"dhidden": head.hidden, "dlm_head": head.lm_head}
     if head.bias is not None:
         wrt["dbias"] = head.bias
-    grads = torch.autograd.grad(value, list(wrt.values()), upstream, retain_graph=True)
+    grads = torch.autograd.grad(value, list(wrt.values()), upstream, retain_graph=not last)
     return {name: cut(name, g, head) for name, g in zip(wrt, grads, strict=True)}
 
 

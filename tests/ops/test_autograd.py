@@ -55,6 +55,20 @@ def test_every_saved_tensor_is_unpacked_once(op):
     assert counts["unpacked"] == counts["packed"] > 0
 
 
+@ops
+def test_a_graph_that_is_kept_gives_the_gradients_again_and_those_of_one_that_is_not(op):
+    a, b = make(N, D, V), make(N, D, V)
+    students = [a.hidden, a.lm_head] if op != "agreement" else [a.hidden]
+    loss = OPS[op](a, b)
+    first = torch.autograd.grad(loss, students, retain_graph=True)
+    copies = [g.clone() for g in first]
+    # the last backward may write over what was saved, not over what an earlier one gave
+    last = torch.autograd.grad(3 * loss, students)
+    for before, copy, after in zip(first, copies, last, strict=True):
+        assert before.equal(copy)
+        torch.testing.assert_close(after, 3 * before)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("routed", [False, True])
 def test_kl_takes_what_inference_mode_made(reduction, routed):

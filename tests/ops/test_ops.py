@@ -33,7 +33,7 @@ def test_opcheck_passes_for_kl(routed, per_token):
     want = [not per_token, not per_token, False]
     temperature = torch.rand(N) + 0.5 if per_token else number(1.3)
     numbers = (torch.rand(N), flat.numbers, number(0.5), temperature, flat.vocab_size)
-    options = ("reverse", "torch", 0, per_token, routed, want)
+    options = ("reverse", "torch", 0, per_token, routed, want, False)
     torch.library.opcheck(kl_op, (*tensors, [], weight, index, *numbers, "", ",", "", "mixture", *options))
 
 
@@ -43,7 +43,7 @@ def test_opcheck_passes_for_lists_and_topk(per_token):
     flat = flatten([make(N, D, V), teacher])
     tensors = (*(x[0] for x in flat[:3]), *(x[1:] for x in flat[:3]), [*topk(teacher, 5)])
     numbers = (torch.rand(N), flat.numbers, number(0.5), number(1.0), flat.vocab_size)
-    options = ("reverse", "torch", 0, per_token, True, [not per_token, not per_token, False])
+    options = ("reverse", "torch", 0, per_token, True, [not per_token, not per_token, False], False)
     weight = torch.full((2, 1), 0.5)
     torch.library.opcheck(
         kl_op, (*tensors, weight, None, *numbers, "", ",bucket", "teacher 3 bucket", "mean", *options)
@@ -59,9 +59,9 @@ def test_opcheck_passes_for_logprob(recompute):
     numbers = torch.tensor([0.7, 0.0], dtype=torch.float64)
     tensors = (head.hidden, head.lm_head, torch.empty(0), tokens, numbers, temperature)
     rest = (V, "", -100, "torch", 0)
-    torch.library.opcheck(logprob_op, (*tensors, *rest, recompute, not recompute))
+    torch.library.opcheck(logprob_op, (*tensors, *rest, recompute, not recompute, False))
     tensors = [x.detach() for x in tensors]
-    kept, sides, top = logprob_op(*tensors, *rest, recompute, False)[3:6]
+    kept, sides, top = logprob_op(*tensors, *rest, recompute, False, False)[3:6]
     assert kept.shape == (0 if recompute else N, V)
     backward = (*tensors, *rest, kept, sides, top, torch.rand(3, N), [True, True, False])
     torch.library.opcheck(logprob_backward, backward)
@@ -70,7 +70,7 @@ def test_opcheck_passes_for_logprob(recompute):
 def test_opcheck_passes_for_mutual_kl_agreement_and_scale():
     flat = flatten([make(N, D, V), make(N, D, V)])
     tensors = (*flat[:3], torch.ones(2), torch.ones(N), flat.numbers, number(0.5), number(1.3))
-    options = (flat.vocab_size, "", [0, 1, 1, 0], "reverse", "torch", 0, [True, True, False] * 2)
+    options = (flat.vocab_size, "", [0, 1, 1, 0], "reverse", "torch", 0, [True, True, False] * 2, False)
     torch.library.opcheck(mutual_op, (*tensors, *options))
     flat = flatten([make(N, D, V).detach() for _ in range(3)])
     torch.library.opcheck(agreement_op, (*flat, 5, number(1.3), "torch", 0))
