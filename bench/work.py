@@ -44,7 +44,7 @@ def sweeps(case: Case) -> list[Sweep]:
 
 def keeps(case: Case) -> bool:
     """Whether logprob keeps its logits for backward, by the rule of `recompute="auto"`."""
-    worth = case.device != "cpu" or case.D >= schedule.KEEP_FROM_D
+    worth = schedule.keeps_logits(case.D, case.dtype, torch.device(case.device))
     fits = case.N * case.V * accumulator(case.dtype).itemsize <= schedule.budget(0, torch.device(case.device))
     return worth and fits and not case.recompute
 

@@ -101,8 +101,8 @@ def saved(ctx: Any) -> list[Any]:
 
 
 def freed(x: Tensor, alone: bool) -> bool:
-    """Whether this backward may write over a saved tensor: an op's result that no caller holds (`alone`), whose graph is
-    not kept for another backward or a second derivative, and no compiler looks on."""
+    """Whether this backward may write over a saved tensor: an op's result that no caller holds (`alone`), the graph not
+    kept for another backward or a second derivative, and no compiler looking on."""
     return alone and type(x) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph()
 
 

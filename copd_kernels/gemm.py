@@ -7,17 +7,16 @@ to fewer. Where `torch.backends.mkldnn.matmul.fp32_precision` is "bf16", it is r
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
+from torch.compiler import assume_constant_result
 
 from .rows import native_failure
 
 NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
-@functools.cache
+@assume_constant_result  # type: ignore[untyped-decorator]  # torch gives it no types
 def available() -> bool:
     """Whether this machine has AMX and csrc/ is built for it."""
     if native_failure():

@@ -258,8 +258,8 @@ def logprob(
         workspace_bytes: most memory for a chunk's logits; a default for the device where omitted.
         recompute: whether backward makes the logits again. False keeps them until then, which saves a GEMM pass, if all
             of them fit `workspace_bytes`; "auto" does so where that is faster: always on CUDA, on a CPU where D is at
-            least 256 (below, the pass costs less than the first touch of fresh memory). True where many results wait
-            for their backward, because each keeps its own.
+            least 64, or 512 where it multiplies 16-bit operands as they are (below, the pass costs less than the first
+            touch of fresh memory). True where many results wait for their backward, because each keeps its own.
 
     Returns:
         (logp, entropy, lse), (...) each, fp32 (fp64 for fp64 inputs), in nats; all differentiable in the head's hidden,
@@ -285,7 +285,7 @@ def logprob(
     flat = flatten([head])
     hidden, lm_head, bias, numbers, size = (x[0] for x in flat[:-1])
     if recompute == "auto":
-        recompute = not keeps_logits(head.hidden)
+        recompute = not keeps_logits(head.hidden.shape[-1], head.hidden.dtype, device)
     outputs = logprob_op(
         hidden,
         lm_head,

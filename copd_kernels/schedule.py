@@ -34,8 +34,9 @@ WORKSPACE_BYTES = {"cpu": 256 * MIB, "cuda": 3072 * MIB}
 # on a CPU the first touch of fresh memory costs as much as the rows' work on it, and glibc maps blocks above this size
 # afresh each time; GEMMs gain little from more tokens than these, so such a chunk is no taller
 ENOUGH_BYTES, ENOUGH_TOKENS = 32 * MIB, 256
-# on a CPU the first touch of a kept logit costs as much as making it again from this many numbers, or nearly
-KEEP_FROM_D = 256
+# on a CPU the first touch of a kept logit costs as much as making it again from this many numbers, or nearly; from this
+# many where `gemm` multiplies them
+KEEP_FROM_D, KEEP_FROM_D_IN_16_BITS = 64, 512
 # widened rows of lm_head: enough to keep the GEMM efficient, little beside the workspace
 TILE_BYTES = 8 * MIB
 # 16-bit dlogits are made from weights of at most one, times this: fp16 then resolves 2**-26, a thousandth of the
@@ -100,9 +101,14 @@ class Projection:
 
 def operand_dtype(hidden: Tensor, logits_dtype: torch.dtype) -> torch.dtype:
     """cuBLAS and `gemm` multiply 16-bit operands into fp32; torch's CPU GEMMs round, so theirs are widened."""
-    narrow = hidden.dtype in (torch.float16, torch.bfloat16) and logits_dtype == torch.float32
-    able = hidden.is_cuda or (hidden.device.type == "cpu" and gemm.available())
-    return hidden.dtype if narrow and able else logits_dtype
+    able = logits_dtype == torch.float32 and multiplies(hidden.dtype, hidden.device)
+    return hidden.dtype if able else logits_dtype
+
+
+def multiplies(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether 16-bit operands of this dtype can be multiplied into fp32."""
+    able = device.type == "cuda" or (device.type == "cpu" and gemm.available())
+    return able and dtype in (torch.float16, torch.bfloat16)
 
 
 def dlogits_dtype(operand: torch.dtype, like: Tensor) -> torch.dtype | None:
@@ -249,9 +255,10 @@ def row_stride(V: int, device: torch.device) -> int:
     return -(-V // step) * step
 
 
-def keeps_logits(hidden: Tensor) -> bool:
+def keeps_logits(D: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether logits kept for backward cost less than the GEMM pass that makes them again."""
-    return hidden.device.type != "cpu" or hidden.shape[1] >= KEEP_FROM_D
+    enough = KEEP_FROM_D_IN_16_BITS if multiplies(dtype, device) else KEEP_FROM_D
+    return device.type != "cpu" or enough <= D
 
 
 def empty_logits(hidden: Tensor, V: int, dtype: torch.dtype, workspace_bytes: int, recompute: bool) -> Tensor:

@@ -191,8 +191,8 @@ PASSES = {
 
 
 def test_a_narrow_head_makes_its_logits_again_on_a_cpu():
-    (head,) = leaves(0, D=64)
-    passes = gemm_passes(lambda: logprob(head, torch.arange(256)).logp.sum().backward(), 256, 1000, 64)
+    (head,) = leaves(0, D=48)
+    passes = gemm_passes(lambda: logprob(head, torch.arange(256)).logp.sum().backward(), 256, 1000, 48)
     assert passes == pytest.approx(4, rel=0.02)
 
 
