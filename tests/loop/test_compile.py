@@ -56,7 +56,7 @@ def compare(plain, compiled, captured):
 @pytest.mark.parametrize(
     ("domain", "settings"),
     [
-        ("text", ("model.compile=aot_eager")),
+        ("text", ("model.compile=aot_eager",)),
         ("image", ("model.compile=eager", "model.activation_checkpointing=true")),
     ],
 )
