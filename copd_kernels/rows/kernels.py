@@ -189,13 +189,11 @@ def _jsd_sums_kernel(
 
 
 @triton.jit
-def _store_dlogits(ptr, g, z, cap_ptr, weighted, inside, HAS_CAP: tl.constexpr, MASKED: tl.constexpr):
-    """Through the row's softcap, into the GEMM's dtype; 0 in a row without weight, whatever it holds."""
+def _store_dlogits(ptr, g, z, cap, inside, HAS_CAP: tl.constexpr, MASKED: tl.constexpr):
+    """Through the row's softcap, into the GEMM's dtype."""
     if HAS_CAP:
-        cap = tl.load(cap_ptr)
         # the differences are exact near the cap
         g = g * ((cap - z) * (cap + z)) * (1 / (cap * cap))
-    g = tl.where(weighted, g, 0.0)
     if MASKED:
         tl.store(ptr, g.to(ptr.dtype.element_ty), mask=inside)
     else:
@@ -203,11 +201,20 @@ def _store_dlogits(ptr, g, z, cap_ptr, weighted, inside, HAS_CAP: tl.constexpr, 
 
 
 @triton.jit
+def _store_zeros(out_ptr, start, tiles, V, BLOCK: tl.constexpr):
+    """The gradient of a row without weight, whatever it holds."""
+    zero = tl.zeros([BLOCK], out_ptr.dtype.element_ty)
+    for i in range(tiles):
+        cols = start + i * BLOCK + tl.arange(0, BLOCK)
+        tl.store(out_ptr + cols, zero, mask=cols < V)
+
+
+@triton.jit
 def _write_kl(
-    numbers, s_ptr, t_ptrs, out_ptr, cap_ptr, cols, V, T: tl.constexpr, REVERSE: tl.constexpr, FORWARD: tl.constexpr,
+    numbers, s_ptr, t_ptrs, out_ptr, cap, cols, V, T: tl.constexpr, REVERSE: tl.constexpr, FORWARD: tl.constexpr,
     ONE_SIDED: tl.constexpr, HAS_CAP: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    s_max, inv, top, centre, at_top, weighted, beta, rest, each = numbers
+    s_max, inv, centre, beta, rest, each = numbers
     s = _line(s_ptr, cols, V, float("-inf"), MASKED)
     p = _exp(s - s_max) * inv
     a = tl.zeros_like(s) - centre
@@ -224,8 +231,7 @@ def _write_kl(
             b += t_weight * _exp(t - t_max)
     # no mass: nothing, however far the teachers are
     g = tl.where(p == 0, 0.0, p * a) - b
-    g = tl.where(cols == top, at_top, g)
-    _store_dlogits(out_ptr + cols, g, s, cap_ptr, weighted, cols < V, HAS_CAP, MASKED)
+    _store_dlogits(out_ptr + cols, g, s, cap, cols < V, HAS_CAP, MASKED)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -258,7 +264,7 @@ def _kl_grad_kernel(
     s_ptr = z_ptr + student.to(tl.int64) * stride_head + row * stride
     out_ptr = dlogits_ptr + row * out_stride
     start = split * count * BLOCK
-    cap_ptr += row * cap_step
+    cap = tl.load(cap_ptr + row * cap_step)
     s_max, inv = _number(numbers_ptr, 0, R, row), _number(numbers_ptr, 1, R, row)
     top = _id(_number(numbers_ptr, 2, R, row))
     centre, at_top = _number(numbers_ptr, 3, R, row), _number(numbers_ptr, 4, R, row)
@@ -271,30 +277,43 @@ def _kl_grad_kernel(
         t_ptrs = t_ptrs + (tl.where(idle, s_ptr, _head_row(z_ptr, heads, j, row, stride_head, stride, BITS)),)
         offset, gap, t_max = tl.where(idle, 0.0, offset), tl.where(idle, 0.0, gap), tl.where(idle, s_max, t_max)
         each = each + ((t_max, t_weight, gap, offset, weight),)
-    numbers = (s_max, inv, top, centre, at_top, total != 0, tl.load(mix_ptr), tl.load(mix_ptr + 1), each)
-    for i in range(count):
-        cols = start + i * BLOCK + tl.arange(0, BLOCK)
-        _write_kl(
-            numbers, s_ptr, t_ptrs, out_ptr, cap_ptr, cols, V, T, REVERSE, FORWARD, ONE_SIDED, HAS_CAP, False
-        )  # fmt: skip
+    tiles, stop = count, start + count * BLOCK
     if split == tl.num_programs(1) - 1:
-        for i in range(rest):
-            cols = start + (count + i) * BLOCK + tl.arange(0, BLOCK)
+        tiles, stop = count + rest, V
+    if total != 0:
+        numbers = (s_max, inv, centre, tl.load(mix_ptr), tl.load(mix_ptr + 1), each)
+        for i in range(count):
+            cols = start + i * BLOCK + tl.arange(0, BLOCK)
             _write_kl(
-                numbers, s_ptr, t_ptrs, out_ptr, cap_ptr, cols, V, T, REVERSE, FORWARD, ONE_SIDED, HAS_CAP, True
+                numbers, s_ptr, t_ptrs, out_ptr, cap, cols, V, T, REVERSE, FORWARD, ONE_SIDED, HAS_CAP, False
             )  # fmt: skip
+        for i in range(count, tiles):
+            cols = start + i * BLOCK + tl.arange(0, BLOCK)
+            _write_kl(
+                numbers, s_ptr, t_ptrs, out_ptr, cap, cols, V, T, REVERSE, FORWARD, ONE_SIDED, HAS_CAP, True
+            )  # fmt: skip
+        # the top token's own number takes the place of its column's, which another thread has written
+        tl.debug_barrier()
+        _store_dlogits(
+            out_ptr + top, at_top, s_max, cap, (top >= start) & (top < stop), HAS_CAP, True
+        )  # fmt: skip
+    else:
+        _store_zeros(out_ptr, start, tiles, V, BLOCK)
 
 
 @triton.jit
-def _write_logprob(numbers, row_ptr, out_ptr, cap_ptr, cols, V, HAS_CAP: tl.constexpr, MASKED: tl.constexpr):
-    token, top, z_max, inv, mean, dlogp, dentropy, dlse, at_top, weighted = numbers
+def _write_logprob(numbers, row_ptr, out_ptr, cap, cols, V, HAS_CAP: tl.constexpr, MASKED: tl.constexpr):
     z = _line(row_ptr, cols, V, float("-inf"), MASKED)
+    _store_dlogits(out_ptr + cols, _by_logit(numbers, z), z, cap, cols < V, HAS_CAP, MASKED)
+
+
+@triton.jit
+def _by_logit(numbers, z):
+    """The gradient by a logit that is neither the token's nor the largest."""
+    z_max, inv, mean, dlogp, dentropy, dlse = numbers
     x = z - z_max
     p = _exp(x) * inv
-    g = p * (dlse - dlogp - dentropy * (x - mean))
-    g = tl.where(p == 0, 0.0, g) + tl.where(cols == token, dlogp, 0.0)
-    g = tl.where(cols == top, at_top, g)
-    _store_dlogits(out_ptr + cols, g, z, cap_ptr, weighted, cols < V, HAS_CAP, MASKED)
+    return tl.where(p == 0, 0.0, p * (dlse - dlogp - dentropy * (x - mean)))
 
 
 @triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=SLICES)
@@ -305,6 +324,7 @@ def _logprob_grad_kernel(
     top_ptr,  # (R,) int64
     max_ptr,  # (R,)
     tail_ptr,  # (R,)
+    logit_ptr,  # (R,) the token's
     moment_ptr,  # (R,)
     dlogp_ptr,  # (R,)
     dentropy_ptr,  # (R,)
@@ -324,7 +344,7 @@ def _logprob_grad_kernel(
     split = tl.program_id(1)
     row_ptr, out_ptr = z_ptr + row * stride, dlogits_ptr + row * out_stride
     start = split * count * BLOCK
-    cap_ptr += row * cap_step
+    cap = tl.load(cap_ptr + row * cap_step)
     token, top = tl.load(token_ptr + row) - first, tl.load(top_ptr + row) - first
     z_max, tail = tl.load(max_ptr + row), tl.load(tail_ptr + row)
     dlogp, dentropy, dlse = tl.load(dlogp_ptr + row), tl.load(dentropy_ptr + row), tl.load(dlse_ptr + row)
@@ -335,15 +355,25 @@ def _logprob_grad_kernel(
     # an id beyond 32 bits is no column
     token = tl.where((token >= 0) & (token < V), token, -1).to(tl.int32)
     top = tl.where((top >= 0) & (top < V), top, -1).to(tl.int32)
-    weighted = (dlogp != 0) | (dentropy != 0) | (dlse != 0)
-    numbers = (token, top, z_max, inv, mean, dlogp, dentropy, dlse, at_top, weighted)
-    for i in range(count):
-        cols = start + i * BLOCK + tl.arange(0, BLOCK)
-        _write_logprob(numbers, row_ptr, out_ptr, cap_ptr, cols, V, HAS_CAP, False)
+    tiles, stop = count, start + count * BLOCK
     if split == tl.num_programs(1) - 1:
-        for i in range(rest):
-            cols = start + (count + i) * BLOCK + tl.arange(0, BLOCK)
-            _write_logprob(numbers, row_ptr, out_ptr, cap_ptr, cols, V, HAS_CAP, True)
+        tiles, stop = count + rest, V
+    if (dlogp != 0) | (dentropy != 0) | (dlse != 0):
+        numbers = (z_max, inv, mean, dlogp, dentropy, dlse)
+        for i in range(count):
+            cols = start + i * BLOCK + tl.arange(0, BLOCK)
+            _write_logprob(numbers, row_ptr, out_ptr, cap, cols, V, HAS_CAP, False)
+        for i in range(count, tiles):
+            cols = start + i * BLOCK + tl.arange(0, BLOCK)
+            _write_logprob(numbers, row_ptr, out_ptr, cap, cols, V, HAS_CAP, True)
+        # two columns have numbers of their own, which take the place of what other threads have written
+        logit = tl.load(logit_ptr + row)
+        asked = (token >= start) & (token < stop) & (token != top) & (dlogp != 0)
+        tl.debug_barrier()
+        _store_dlogits(out_ptr + token, _by_logit(numbers, logit) + dlogp, logit, cap, asked, HAS_CAP, True)
+        _store_dlogits(out_ptr + top, at_top, z_max, cap, (top >= start) & (top < stop), HAS_CAP, True)
+    else:
+        _store_zeros(out_ptr, start, tiles, V, BLOCK)
 
 
 @triton.jit

@@ -97,7 +97,7 @@ class Rows:
         _, R, V = z.shape
         BLOCK = block(z, 1)
         S, *tiles = pieces(R, V, BLOCK)
-        numbers = (side.top, side.max, side.tail, side.moment, dlogp, dentropy, dlse)
+        numbers = (side.top, side.max, side.tail, side.cross, side.moment, dlogp, dentropy, dlse)
         _logprob_grad_kernel[(R, S)](
             z, dlogits, tokens.contiguous(), *(x.contiguous() for x in numbers), *self.cap_of(z, cap),
             dlogits.stride(0), V, z.stride(1), *tiles, self.shard.first, HAS_CAP=cap is not None, BLOCK=BLOCK,
