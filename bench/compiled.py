@@ -18,10 +18,12 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 IDS = {"token_ptr": "*i64", "top_ptr": "*i64", "room_ptr": "*i64", "t_room_ptr": "*i64", "common_ptr": "*i32"}
-STRIDES = ("stride", "out_stride", "stride_head")
+STRIDES = ("stride", "out_stride", "stride_head", "bias_stride")
 VARY = ("R", "S", "student", "count", "rest", "first", "place", "weight_stride", "value_stride", "cap_step")
-NUMBERS = dict.fromkeys(("V", "stride", "out_stride", *VARY), "i32")
-SWITCHES = ("REVERSE", "FORWARD", "ONE_SIDED", "HAS_CAP", "WEIGHTED")
+NUMBERS = dict.fromkeys(("V", "stride", "out_stride", "bias_stride", *VARY), "i32")
+SWITCHES = ("REVERSE", "FORWARD", "ONE_SIDED", "HAS_CAP", "WEIGHTED", "LACKS")
+# bias, softcap and temperature
+ALL = 7
 
 
 def compile_all(architecture: int, folder: Path) -> None:
@@ -40,7 +42,8 @@ def cuobjdump() -> Path:
 def label(constants: dict[str, int]) -> str:
     """Teachers and the switches that are on."""
     teachers = [f"T{constants['T']}"] if "T" in constants else []
-    return "-".join([*teachers, *(k for k in SWITCHES if constants.get(k))]) or "only"
+    on = (k + str(constants[k]) * (k == "LACKS") for k in SWITCHES if constants.get(k))
+    return "-".join([*teachers, *on]) or "only"
 
 
 def variants(name: str, names: list[str], fp64: bool) -> Iterator[dict[str, Any]]:
@@ -50,6 +53,7 @@ def variants(name: str, names: list[str], fp64: bool) -> Iterator[dict[str, Any]
 
     from copd_kernels.rows import HEAD_BITS, MAX_TEACHERS
     from copd_kernels.rows import triton as rows
+    from copd_kernels.rows.raw import CAP
 
     like = torch.empty(0, dtype=torch.float64 if fp64 else torch.float32)
     most = MAX_TEACHERS["triton"]
@@ -71,11 +75,16 @@ def variants(name: str, names: list[str], fp64: bool) -> Iterator[dict[str, Any]
             on = dict(zip(used, chosen, strict=True))
             if on.get("ONE_SIDED") and (on.get("REVERSE") or on.get("FORWARD")):
                 continue  # of the JSD alone
-            capped = most == T
-            alike = on.get("HAS_CAP", capped) is capped
+            alike = on.get("HAS_CAP", False) is (most == T) or "HAS_CAP" not in names
             if "T" in names and (T > 1 or fp64) and not alike:
                 continue
-            yield {k: v for k, v in sizes.items() if k in names} | on
+            if "T" in names and T > rows.RAW_TEACHERS and on.get("LACKS"):
+                continue  # raw logits of so many are read a few at a time
+            lacks = {k: ALL * on["LACKS"] for k in ("LACKS", "TEACHERS_LACK") if k in names}
+            if name == "_complete_kernel" and not on["LACKS"]:
+                # a pass of its own over logits that lack one thing, the softcap
+                lacks = {"LACKS": CAP}
+            yield {k: v for k, v in sizes.items() if k in names} | on | lacks
 
 
 def compile_one(
@@ -110,9 +119,10 @@ def compile_one(
         if (a.endswith("_ptr") and a not in anywhere) or (a in STRIDES and a not in unit)
     }
     options = {"num_warps": 1 if "finish" in kernel.__name__ else rows.NUM_WARPS}
-    if kernel.__name__ in ("_kl_grad_kernel", "_jsd_sums_kernel", "_logprob_stats_kernel"):
+    raw = kernel.__name__ == "_kl_stats_kernel" and constants["LACKS"]
+    if raw or kernel.__name__ in ("_kl_grad_kernel", "_jsd_sums_kernel", "_logprob_stats_kernel"):
         like = torch.empty(0, dtype=torch.float64 if logits == "fp64" else torch.float32)
-        options["maxnreg"] = rows.registers(like, constants.get("T", 1))
+        options["maxnreg"] = rows.registers(like, constants.get("T", 1), constants.get("ONE_SIDED", False))
     source = ASTSource(kernel, signature, constants, aligned)
     code: dict[str, Any] = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options).asm
     return code

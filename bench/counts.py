@@ -74,15 +74,18 @@ def triton_kernels() -> Iterator[tuple[str, str, int]]:
     for T in TEACHERS:
         yield f"_kl_stats_kernel-bf16-T{T}", "kl statistics", T
     for T in TEACHERS:
+        yield f"_kl_stats_kernel-bf16-T{T}-LACKS7", "kl statistics, raw logits", T
+    for T in TEACHERS:
         yield f"_jsd_sums_kernel-bf16-T{T}", "kl sums, jsd", T
     for divergence, switches in DIVERGENCES.items():
         for T in TEACHERS:
             yield f"_kl_grad_kernel-bf16-T{T}-{switches}".rstrip("-"), f"kl gradient, {divergence}", T
     yield "_kl_grad_kernel-bf16-T1-REVERSE-HAS_CAP", "kl gradient, reverse, softcap", 1
     yield "_logprob_stats_kernel-bf16-only", "logprob statistics", 1
+    yield "_logprob_stats_kernel-bf16-LACKS7", "logprob statistics, raw logits", 1
     yield "_logprob_grad_kernel-bf16-only", "logprob gradient", 1
     yield "_logprob_grad_kernel-bf16-HAS_CAP", "logprob gradient, softcap", 1
-    yield "_softcap_kernel-bf16-only", "softcap", 1
+    yield "_complete_kernel-bf16-LACKS2", "softcap", 1
     for T in (1, 4):
         yield f"_overlap_kernel-bf16-T{T}", "agreement, overlap", T
 
@@ -96,7 +99,9 @@ def of_triton(folder: Path) -> list[Row]:
         flow = Flow(code, width=4 if overlap else 8, masked=overlap)
         (loop,) = flow.sweeps()
         read, cost = max(flow.ways(loop, 1024).items())
-        found.append(Row.of("Triton", sweep, T, cost.counts, read / 4 / heads(sweep, T) * T))
+        # beside raw logits as many biases are read
+        rows = heads(sweep, T) * (2 if "raw" in sweep else 1)
+        found.append(Row.of("Triton", sweep, T, cost.counts, read / 4 / rows * T))
     return found
 
 
@@ -111,25 +116,33 @@ def of_cuda(library: Path) -> list[Row]:
         command = [cuobjdump(), "-xelf", CUDA_ARCHITECTURE, library.resolve()]
         subprocess.run(command, check=True, cwd=folder, stdout=subprocess.DEVNULL)
         (cubin,) = Path(folder).glob("*.cubin")
-        codes = functions(cubin, r"(kl|logprob)_from_(cluster|memory)I.*nv_bfloat16|softcap_from_memoryIf")
+        codes = functions(cubin, r"(kl|logprob)_from_(cluster|memory)I.*nv_bfloat16|complete_from_memoryIf")
     rows = [row for name, code in codes.items() for row in of_function(name, code)]
     return sorted(rows, key=lambda row: (row.rows, row.sweep, row.T))
 
 
 def of_function(name: str, code: list[Instruction]) -> Iterator[Row]:
     """Where a loop takes a teacher at a time its figures are those of any T; the gradient's knows all of them."""
-    op, memory = re.search(r"(kl|logprob|softcap)_from_(cluster|memory)", name).groups()
+    op, memory = re.search(r"(kl|logprob|complete)_from_(cluster|memory)", name).groups()
     # columns a thread and tile, as csrc/ says, and bytes a load
-    columns, width = {"cluster": (4, 16), "memory": (8, 16)}[memory] if op != "softcap" else (4, 4)
+    columns, width = {"cluster": (4, 16), "memory": (8, 16)}[memory] if op != "complete" else (4, 4)
     divergence = re.search(r"DivergenceE(\d)", name)
     suffix = f", {[*DIVERGENCES][int(divergence[1])]}" if divergence else ""
     flow = Flow(code, {"cluster": "LDS", "memory": "LDG"}[memory], width)
     kinds = iter(("statistics", "sums"))
-    # the softcap's loop is unrolled, and what is left of it another one
-    for loop in [max(flow.sweeps(), key=lambda x: flow.read(x.body))] if op == "softcap" else flow.sweeps():
+    sweeps = flow.sweeps()
+    if op == "complete":
+        # a loop for each thing that raw logits may lack, unrolled, and another for what is left: the softcap's
+        ways = {x: flow.ways(x, 1024).get(4 * columns) for x in sweeps}
+        sweeps = [min((x for x in sweeps if ways[x]), key=lambda x: ways[x].order)]
+    for loop in sweeps:
+        own = 4 * columns * heads(op, 1)
+        ways = flow.ways(loop, own)
+        if op != "complete" and (own not in ways or flow.written(loop) >= 4 * columns):
+            continue  # completes raw logits
         kind = "gradient" if flow.stores(loop) else next(kinds)
         for T in TEACHERS if kind == "gradient" and op == "kl" else (1,):
-            sweep = op if op == "softcap" else f"{op} {kind}{suffix}"
+            sweep = "softcap" if op == "complete" else f"{op} {kind}{suffix}"
             read = 4 * columns * heads(sweep, T)
             yield Row.of(f"C++, {memory}", sweep, T, flow.ways(loop, read)[read].counts, columns * T)
 

@@ -49,6 +49,7 @@ forward and backward, default workspace. Assumed:
 
 - GEMMs reach {gemms:.0f} TFLOP/s, 0.70 of the peak, and nothing overlaps with them, not even the fp32 accumulator of
   `dlm_head`, which each of its GEMMs reads and writes: 8 bytes a weight and chunk.
+- Raw logits lack a bias and a token's temperature beside the softcap; biases are read from the second cache.
 - Sweeps last as long as their bound; what the C++ rows read from a cluster is copied while the gradient is made.
 - A launch beside them costs {launch:g} µs.
 
@@ -82,7 +83,9 @@ def bounds(row: Row) -> dict[str, float]:
 
 
 def memory_bytes(row: Row) -> float:
-    """Bytes of device memory a pair; a cluster reads its rows once, for the statistics."""
+    """Bytes of device memory a pair; a cluster reads its rows once, for the statistics; biases stay in the cache."""
+    if "raw" in row.sweep:
+        return row.global_bytes * 2 / 3
     once = 4 * (row.T + 1) / row.T if row.sweep.startswith("kl") else 4.0
     return row.global_bytes + (once if row.rows.endswith("cluster") and "statistics" in row.sweep else 0)
 
@@ -99,8 +102,8 @@ class Rows:
         found = self.counts.get((rows, sweep, T))
         return found or self.counts[rows, sweep, 1]
 
-    def seconds(self, case: Case, gpu: GPU) -> float:
-        """A student's column of logits with all its teachers."""
+    def seconds(self, case: Case, gpu: GPU, raw: bool = False) -> float:
+        """A student's column of logits with all its teachers; `raw`: Triton's statistics complete them."""
         divergence = case.divergence
         op = "logprob" if case.op == "logprob" else "kl"
         T = case.T if case.op in ("kl", "mutual_kl") else 1
@@ -109,7 +112,7 @@ class Rows:
         if self.backend == "native":
             place = "C++, cluster" if clustered(case.V, heads) else "C++, memory"
             suffix = f", {divergence}" if op == "kl" else ""
-        sweeps = [self.find(place, f"{op} statistics{suffix}", T)]
+        sweeps = [self.find(place, f"{op} statistics{', raw logits' if raw else suffix}", T)]
         if op == "kl" and divergence == "jsd":
             sweeps.append(self.find(place, "kl sums, jsd", T))
         sweeps.append(self.find(place, f"{op} gradient" + (f", {divergence}" if op == "kl" else ""), T))
@@ -120,9 +123,13 @@ class Rows:
             return sum(compute[:-1]) + max(compute[-1], sum(memory))
         return sum(map(max, compute, memory))
 
-    def softcap(self, gpu: GPU) -> float:
-        row = self.find("Triton" if self.backend == "triton" else "C++, memory", "softcap", 1)
-        return max(*bounds(row).values(), memory_bytes(row) / gpu.bandwidth)
+    def softcap(self, case: Case, gpu: GPU) -> float:
+        """Of every head's logits: in Triton's first sweep, in the C++ rows a sweep of its own."""
+        if self.backend == "triton":
+            return self.seconds(case, gpu, raw=True) - self.seconds(case, gpu)
+        row = self.find("C++, memory", "softcap", 1)
+        once = max(*bounds(row).values(), memory_bytes(row) / gpu.bandwidth)
+        return sum(sweep.project for sweep in work.sweeps(case)) * once
 
 
 def clustered(V: int, heads: int) -> bool:
@@ -190,7 +197,7 @@ def parts(case: Case, rows: Rows, gpu: GPU, plan: Plan = TODAY) -> dict[str, flo
         "softcap": 0.0,
     }
     if case.softcap:
-        beside["softcap"] = sum(sweep.project for sweep in work.sweeps(case)) * rows.softcap(gpu)
+        beside["softcap"] = rows.softcap(case, gpu)
     return beside
 
 

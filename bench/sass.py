@@ -189,6 +189,10 @@ class Flow:
     def stores(self, loop: Loop) -> bool:
         return any(i.base == "STG" for n in self.own(loop) for i in self.blocks[n])
 
+    def written(self, loop: Loop) -> int:
+        """Bytes, by 16-byte stores to device memory."""
+        return sum(i.width for n in self.own(loop) for i in self.blocks[n] if i.base == "STG" and i.width == 16)
+
     def sweeps(self) -> list[Loop]:
         """Loops that read logits, in the order of the code; the whole function if there is none.
 

@@ -14,7 +14,7 @@ from .flatten import Flat, flatten, logits_dtype, number, projections
 from .head import Head, as_heads, check_same_vocabulary
 from .results import Agreement
 from .rows import load, resolve
-from .schedule import Workspace
+from .schedule import Workspace, lacking
 
 
 @torch.library.custom_op(f"{NAMESPACE}::agreement", mutates_args=())
@@ -37,11 +37,12 @@ def agreement_op(
     rows = load(backend, shard)
     outputs = [hidden[0].new_empty(len(teachers), N, dtype=dtype) for _ in range(3)]
     space = Workspace(N, len(heads), heads[0].columns, outputs[0], workspace_bytes)
+    raw = lacking(heads, outputs[0])
     for chunk in space.chunks:
         z = space.logits(chunk)
         for head, out in zip(heads, z, strict=True):
-            head.project(head.read(chunk), out, rows)
-        for output, result in zip(outputs, rows.agreement(z, 0, teachers, k), strict=True):
+            head.project(head.read(chunk), out)
+        for output, result in zip(outputs, rows.agreement(z, 0, teachers, k, raw.of_chunk()), strict=True):
             output[:, chunk] = result
     overlap, forward_kl, reverse_kl = outputs
     # what is no distribution agrees with nothing

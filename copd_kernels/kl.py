@@ -41,7 +41,7 @@ from .flatten import (
 from .head import Head, check_head
 from .results import KL
 from .rows import load, resolve
-from .schedule import Gradients, Projection, Workspace
+from .schedule import Gradients, Projection, Workspace, lacking
 from .sparse import Listed, Support, diverge, passes
 from .teachers import Teacher, TopK, as_teachers, check_combine, check_support, check_teachers, check_weights
 from .temperature import of_tokens, softcap_of, temperatures, where_they_count
@@ -106,7 +106,7 @@ def kl_op(
     gradients = Gradients(student, lm_head.shape[0], want, gain) if any(want) else None
     narrow = gradients.dlogits_dtype if gradients else None
     rows = load(backend, shard)
-    cap, its_rows = softcap_of(student, temperature, backend, shard, rows)
+    cap = softcap_of(student, temperature)
     factor = None if gradients is None else gain * gradients.factor
     N, how = hidden.shape[0], (divergence, beta.item())
     value = torch.zeros_like(weight)  # D_jn, or that of the one made of all
@@ -120,10 +120,11 @@ def kl_op(
         # a row's gradient may be a sum over teachers that are asked apart
         room = 2 if gradients and not plain and passes(segment.teachers, words) > 1 else 0
         space = Workspace(segment.size, H + room, student.columns, value, workspace_bytes, narrow)
+        lacks = lacking([student, *(x for x in segment.teachers if isinstance(x, Projection))], value)
         for part in space.chunks:
             chunk = slice(segment.start + part.start, segment.start + part.stop)
-            z, mine, T = space.logits(part), student.read(chunk), of_tokens(temperature, chunk)
-            student.project(mine, z[0], rows, T)
+            z, mine, raw = space.logits(part), student.read(chunk), lacks.of_chunk(of_tokens(temperature, chunk))
+            student.project(mine, z[0])
             asked: list[int | Listed] = []  # a head by its place in z
             for teacher in segment.teachers:
                 # a routed teacher holds its own tokens only, so there the chunk is counted among those
@@ -131,11 +132,13 @@ def kl_op(
                     asked.append(teacher.read(part))
                 else:
                     place = 1 + sum(isinstance(other, int) for other in asked)
-                    teacher.project(teacher.read(part), z[place], rows, T)
+                    teacher.project(teacher.read(part), z[place])
                     asked.append(place)
+            if as_one or not plain:
+                raw.complete(z, rows.complete)
             if stats:
                 # before the gradient takes the student's logits' place
-                own = rows.logprob(z[:1])
+                own = rows.logprob(z[:1], raw=raw)
                 entropy[chunk] = own.norm - own.mean
             if as_one:
                 if stats:
@@ -143,11 +146,11 @@ def kl_op(
                 combine_rows(z[1:H], teacher_weight.expand(-1, N)[:, chunk].to(dtype), combine, rows)
                 asked = [1]
             if gradients is None or factor is None:
-                diverge(z, asked, words, *how, rows, value[:, chunk])
+                diverge(z, asked, words, *how, rows, value[:, chunk], raw=raw)
             else:
                 dlogits = space.dlogits(part)
                 its = factor[:, chunk]
-                diverge(z, asked, words, *how, its_rows, value[:, chunk], its, cap(chunk), dlogits)
+                diverge(z, asked, words, *how, rows, value[:, chunk], its, cap(chunk), dlogits, raw)
                 gradients.add(dlogits, mine, chunk)
 
     d = torch.where(weight == 0, 0, weight * value).sum(0)

@@ -20,10 +20,11 @@ from .head import Head, check_head
 from .pages import in_huge_pages
 from .results import LogProb, LogProbStats
 from .rows import load, resolve
+from .rows.raw import COMPLETE
 from .rows.stats import Side
 from .rows.stats import logprob as logprob_from
 from .rows.torch import spread
-from .schedule import Gradients, Projection, Workspace, empty_logits, keeps_logits
+from .schedule import Gradients, Projection, Workspace, empty_logits, keeps_logits, lacking
 from .shard import Shard
 from .temperature import of_tokens, softcap_of, temperatures, where_they_count
 
@@ -58,11 +59,11 @@ def logprob_op(
     side = Side(sides[0], top, *sides[1:])
     sums = kept.new_empty(2, N if stats else 0)
     token = torch.where(keep, tokens, 0)
-    space = Workspace(N, 1, head.columns, kept, workspace_bytes, kept=kept)
+    space, raw = Workspace(N, 1, head.columns, kept, workspace_bytes, kept=kept), lacking([head], kept)
     for chunk in space.chunks:
         z, its = space.logits(chunk), Side(*(x[chunk] for x in side))
-        head.project(head.read(chunk), z[0], rows, of_tokens(temperature, chunk))
-        rows.logprob(z, token[chunk], its)
+        head.project(head.read(chunk), z[0])
+        rows.logprob(z, token[chunk], its, raw.of_chunk(of_tokens(temperature, chunk)))
         if stats:
             sums[:, chunk] = torch.stack(spread(z, its, Shard.read(shard).first, head.V))
     results = [*logprob_from(side)]
@@ -135,13 +136,14 @@ def differentiate(
     own = gradients.dlogits_dtype or (kept.dtype if kept.numel() and not overwrite else None)
     space = Workspace(head.N, 1, head.columns, upstream, workspace_bytes, own, kept)
     side, token, g = Side(sides[0], top, *sides[1:]), torch.where(keep, tokens, 0), upstream * gradients.factor
-    cap, its_rows = softcap_of(head, temperature, backend, shard, rows)
+    lacks, cap = lacking([head], upstream), softcap_of(head, temperature)
     for chunk in space.chunks:
-        z, dlogits, mine = space.logits(chunk), space.dlogits(chunk), head.read(chunk)
+        z, dlogits, mine, raw = space.logits(chunk), space.dlogits(chunk), head.read(chunk), COMPLETE
         if not kept.numel():
-            head.project(mine, z[0], rows, of_tokens(temperature, chunk))
+            head.project(mine, z[0])
+            raw = lacks.of_chunk(of_tokens(temperature, chunk))
         its = Side(*(x[chunk] for x in side))
-        its_rows.logprob_grad(z, its, token[chunk], *g[:, chunk].unbind(), cap(chunk), dlogits)
+        rows.logprob_grad(z, its, token[chunk], *g[:, chunk].unbind(), cap(chunk), dlogits, raw)
         gradients.add(dlogits, mine, chunk)
     dtype = head.hidden.dtype
     # where they are: nobody else holds these sums, and a copy of dlm_head would be the largest allocation here

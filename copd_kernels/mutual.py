@@ -37,7 +37,7 @@ from .flatten import (
 from .head import Head, as_heads, check_same_vocabulary
 from .results import MutualKL
 from .rows import load, resolve
-from .schedule import Gradients, Workspace
+from .schedule import Gradients, Workspace, lacking
 
 
 @torch.library.custom_op(f"{NAMESPACE}::mutual_kl", mutates_args=())
@@ -85,21 +85,22 @@ def mutual_op(
     # every head's logits are still needed after its own gradient: dlogits have their own memory
     space = Workspace(N, len(heads), heads[0].columns, weight, workspace_bytes, dtype if gradients else None)
 
+    lacks = lacking(heads, weight)
     for chunk in space.chunks:
-        z = space.logits(chunk)
+        z, raw = space.logits(chunk), lacks.of_chunk()
         inputs = [head.read(chunk) for head in heads]
         for head, mine, out in zip(heads, inputs, z, strict=True):
-            head.project(mine, out, rows)
+            head.project(mine, out)
         for student, its_edges in lessons.items():
             call = (z, student, [pairs[e][1] for e in its_edges], divergence, beta.item())
             value = values[student][:, chunk]
             if student in gradients:
                 gradient = gradients[student]
                 dlogits = space.dlogits(chunk, gradient.dlogits_dtype)
-                rows.kl(*call, factors[student][:, chunk], heads[student].cap, dlogits, value)
+                rows.kl(*call, factors[student][:, chunk], heads[student].cap, dlogits, value, raw)
                 gradient.add(dlogits, inputs[student], chunk)
             else:
-                rows.kl(*call, out=value)
+                rows.kl(*call, out=value, raw=raw)
 
     made: list[Tensor] = []
     for k in range(len(heads)):

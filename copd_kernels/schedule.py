@@ -17,9 +17,8 @@ overwrite the student's logits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from . import gemm
 from .pages import in_huge_pages
+from .rows.raw import Raw
 from .shard import Shard
 
 MIB = 1 << 20
@@ -75,16 +75,10 @@ class Projection:
         """(R, D): the chunk's hidden states as the GEMMs read them."""
         return self.hidden[chunk].to(self.operand)
 
-    def project(self, hidden: Tensor, out: Tensor, rows: ModuleType, temperature: Tensor | None = None) -> None:
-        """out (R, columns) = z, softcap by the backend `rows`; over `temperature` (R,), if a token has its own."""
+    def project(self, hidden: Tensor, out: Tensor) -> None:
+        """out (R, columns) = alpha * hidden @ lm_head.T, raw logits; what they lack is a `Raw`."""
         for v, weight in self.tiles():
             addmm(out[:, v], hidden, weight.T, alpha=self.alpha)
-        if self.bias is not None:
-            out[:, : self.V].add_(self.bias, alpha=self.alpha)
-        if self.cap is not None:
-            rows.softcap(out, self.cap)
-        if temperature is not None:
-            out.div_(temperature.unsqueeze(1))
         if self.columns > self.V:
             out[:, self.V :] = -torch.inf
 
@@ -97,6 +91,17 @@ class Projection:
         for start in range(0, max(1, self.V), step):
             v = slice(start, min(start + step, self.V))
             yield v, self.lm_head[v].to(self.operand)
+
+
+def lacking(heads: Sequence[Projection], like: Tensor) -> Raw:
+    """What the logits of these heads lack when they are made, in the dtype and on the device of `like`."""
+    V, bias = heads[0].V, None
+    if any(head.bias is not None for head in heads):
+        bias = like.new_zeros(len(heads), row_stride(V, like.device))[:, :V]
+        for head, row in zip(heads, bias, strict=True):
+            if head.bias is not None:
+                row.copy_(head.bias).mul_(head.alpha)
+    return Raw(V, bias, [head.cap or 0.0 for head in heads])
 
 
 def operand_dtype(hidden: Tensor, logits_dtype: torch.dtype) -> torch.dtype:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import reference
 from .rows import torch as plain
+from .rows.raw import COMPLETE, Raw
 from .rows.stats import Side
 
 
@@ -120,15 +121,17 @@ def diverge(
     weight: Tensor | None = None,
     cap: float | Tensor | None = None,
     dlogits: Tensor | None = None,
+    raw: Raw = COMPLETE,
 ) -> None:
     """`rows.kl` of the first head of z, for teachers that are heads or lists: out (T, R), and the gradient's dlogits.
 
-    With more than one of `passes` the last two heads of z are room for their sum.
+    Logits are complete, but where all teachers are heads and asked about every word. With more than one of `passes` the
+    last two heads of z are room for their sum.
     """
     heads = [j for j, teacher in enumerate(teachers) if isinstance(teacher, int)]
     places = [teacher for teacher in teachers if isinstance(teacher, int)]
     if support is None and len(places) == len(teachers):
-        rows.kl(z, 0, places, divergence, beta, weight, cap, dlogits, out)
+        rows.kl(z, 0, places, divergence, beta, weight, cap, dlogits, out, raw)
         return
     several = passes(teachers, support) > 1
     total, room = (z[-2], z[-1]) if several and dlogits is not None else (dlogits, dlogits)

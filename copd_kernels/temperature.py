@@ -1,20 +1,18 @@
 """A temperature for all tokens is part of the projection; a temperature a token divides its finished logits.
 
-The rows know of neither: a token's upstream gradient is divided by its temperature before they see it. Only the
-student's softcap over temperature is then a number a row, which the native rows do not take.
+The rows' gradients know of neither: a token's upstream gradient is divided by its temperature before they see it. Only
+the student's softcap over temperature is then a number a row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .checks import is_per_token
 from .flatten import number
-from .rows import load
 from .schedule import Projection
 
 
@@ -35,11 +33,9 @@ def of_tokens(temperature: Tensor, chunk: slice) -> Tensor | None:
     return temperature[chunk] if temperature.dim() else None
 
 
-def softcap_of(
-    head: Projection, temperature: Tensor, backend: str, shard: str, rows: Any
-) -> tuple[Callable[[slice], float | Tensor | None], Any]:
-    """The head's softcap over temperature, a number or (R,) of each chunk, and rows that take it."""
+def softcap_of(head: Projection, temperature: Tensor) -> Callable[[slice], float | Tensor | None]:
+    """The head's softcap over temperature, a number or (R,) of each chunk."""
     if head.cap is None or not temperature.dim():
-        return lambda chunk: head.cap, rows
+        return lambda chunk: head.cap
     caps = head.cap / temperature
-    return lambda chunk: caps[chunk], load("torch", shard) if backend == "native" else rows
+    return lambda chunk: caps[chunk]

@@ -13,7 +13,7 @@ from .checks import check, check_integer, check_temperatures, check_workspace
 from .flatten import Flat, flatten, logits_dtype, projections
 from .head import Head, check_head
 from .rows import load, resolve
-from .schedule import Workspace
+from .schedule import Workspace, lacking
 from .temperature import of_tokens, temperatures
 
 
@@ -36,10 +36,11 @@ def topk_op(
     logp = hidden.new_empty(hidden.shape[0], k, dtype=dtype)
     ids = torch.empty_like(logp, dtype=torch.int64)
     space = Workspace(hidden.shape[0], 1, head.V, logp, workspace_bytes)
+    raw = lacking([head], logp)
     for chunk in space.chunks:
         z = space.logits(chunk)
-        head.project(head.read(chunk), z[0], rows, of_tokens(temperature, chunk))
-        side = rows.logprob(z)
+        head.project(head.read(chunk), z[0])
+        side = rows.logprob(z, raw=raw.of_chunk(of_tokens(temperature, chunk)))
         largest = z[0].topk(k, dim=1)
         ids[chunk] = largest.indices
         logp[chunk] = (largest.values - side.max.unsqueeze(1)) - side.norm.unsqueeze(1)

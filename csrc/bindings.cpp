@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -32,7 +33,7 @@ void gemm(const GemmArguments&, int threads);
 namespace cuda {
 void kl(const KlArguments&, uintptr_t stream);
 void logprob(const LogProbArguments&, uintptr_t stream);
-void softcap(const SoftcapArguments&, uintptr_t stream);
+void complete(const Logits&, uintptr_t stream);
 std::pair<int, int> versions();
 }
 #endif
@@ -85,16 +86,24 @@ int64_t stride_of(int64_t stride, int64_t size) {
     return stride ? stride : size;
 }
 
-Logits logits_of(uintptr_t z, const std::string& type, int heads, int64_t R, int64_t V, int64_t stride) {
+// Heads whose logits are raw, and of all heads the address of their biases and the way from one to the next, softcaps
+// and the address of the rows' temperatures; an address of 0 is none.
+using RawTuple = std::tuple<std::vector<int>, uintptr_t, int64_t, std::vector<double>, uintptr_t>;
+
+Logits logits_of(uintptr_t z, const std::string& type, int heads, int64_t R, int64_t V, int64_t stride,
+                 const RawTuple& lacks) {
     require(type == "float32" || type == "float64", "logits must be float32 or float64");
     require(heads > 0 && R >= 0 && V > 0 && V < INT32_MAX, "sizes must be positive, V below 2**31");
     require(R == 0 || z, "logits must not be null");
-    return {(const void*)z, type_of(type), heads, R, V, stride_of(stride, V)};
+    const auto& [raw, bias, bias_stride, caps, temperature] = lacks;
+    for (int head : raw) require(head >= 0 && head < heads && head < (int)caps.size(), "raw must be among the heads");
+    return {(void*)z, type_of(type), heads, R, V, stride_of(stride, V),
+            {raw.data(), (int)raw.size(), (const void*)bias, bias_stride, caps.data(), (const void*)temperature}};
 }
 
-Gradient gradient_of(const Logits& logits, uintptr_t dlogits, const std::string& type, double cap,
+Gradient gradient_of(const Logits& logits, uintptr_t dlogits, const std::string& type, double cap, uintptr_t caps,
                      int64_t stride) {
-    Gradient gradient{(void*)dlogits, type_of(type), stride_of(stride, logits.V), cap};
+    Gradient gradient{(void*)dlogits, type_of(type), stride_of(stride, logits.V), cap, (const void*)caps};
     bool same = gradient.type == logits.type;
     require(same || (logits.type == Type::float32 && gradient.type != Type::float64),
             "dlogits must have the logits' type, or be 16 bits wide");
@@ -107,11 +116,14 @@ void check_heads(const Logits& logits, int student, const std::vector<int>& teac
     for (int j : teachers) require(j >= 0 && j < logits.heads, "teachers must be among the heads");
 }
 
+const Logits& logits_in(const Logits& logits) { return logits; }
+template <class Arguments> const Logits& logits_in(const Arguments& args) { return args.logits; }
+
 // Runs on the CPU with `place` threads, or on the current GPU in the stream `place`.
 template <class Arguments>
 void call(bool on_cuda, uintptr_t place, const Arguments& args, void (*CpuRows::*on_cpu)(const Arguments&, int),
           void (*kernel)(const Arguments&, uintptr_t)) {
-    if (args.logits.R == 0) return;
+    if (logits_in(args).R == 0) return;
     py::gil_scoped_release release;
     if (on_cuda) {
         if (!kernel) throw std::runtime_error("the CUDA part is not built; run `COPD_CUDA=1 pip install -e .`");
@@ -124,13 +136,13 @@ void call(bool on_cuda, uintptr_t place, const Arguments& args, void (*CpuRows::
 #ifdef COPD_CUDA
 constexpr auto kl_kernel = cuda::kl;
 constexpr auto logprob_kernel = cuda::logprob;
-constexpr auto softcap_kernel = cuda::softcap;
+constexpr auto complete_kernel = cuda::complete;
 constexpr auto cuda_versions = cuda::versions;
 constexpr bool HAS_CUDA = true;
 #else
 constexpr void (*kl_kernel)(const KlArguments&, uintptr_t) = nullptr;
 constexpr void (*logprob_kernel)(const LogProbArguments&, uintptr_t) = nullptr;
-constexpr void (*softcap_kernel)(const SoftcapArguments&, uintptr_t) = nullptr;
+constexpr void (*complete_kernel)(const Logits&, uintptr_t) = nullptr;
 std::pair<int, int> cuda_versions() { return {0, 0}; }
 constexpr bool HAS_CUDA = false;
 #endif
@@ -138,22 +150,23 @@ constexpr bool HAS_CUDA = false;
 void kl(uintptr_t z, const std::string& type, int heads, int64_t R, int64_t V, int student,
         const std::vector<int>& teachers, int divergence, double beta, uintptr_t weight, double cap, uintptr_t dlogits,
         const std::string& dlogits_type, uintptr_t value, bool on_cuda, uintptr_t place, int64_t weight_stride,
-        int64_t value_stride, int64_t stride, int64_t dlogits_stride) {
-    Logits logits = logits_of(z, type, heads, R, V, stride);
+        int64_t value_stride, int64_t stride, int64_t dlogits_stride, uintptr_t caps, const RawTuple& raw) {
+    Logits logits = logits_of(z, type, heads, R, V, stride, raw);
     check_heads(logits, student, teachers);
     require(divergence >= 0 && divergence < 4, "divergence must be in 0..3");
     require(R == 0 || value, "value must not be null");
     require(!dlogits || weight, "a gradient needs weights");
     KlArguments args{logits, student, teachers.data(), (int)teachers.size(), divergence, beta, (const void*)weight,
-                     gradient_of(logits, dlogits, dlogits_type, cap, dlogits_stride), (void*)value,
+                     gradient_of(logits, dlogits, dlogits_type, cap, caps, dlogits_stride), (void*)value,
                      stride_of(weight_stride, R), stride_of(value_stride, R)};
     call(on_cuda, place, args, &CpuRows::kl, kl_kernel);
 }
 
 void logprob(uintptr_t z, const std::string& type, int64_t R, int64_t V, const std::vector<uintptr_t>& side,
              uintptr_t top, uintptr_t tokens, const std::vector<uintptr_t>& upstream, double cap, uintptr_t dlogits,
-             const std::string& dlogits_type, bool on_cuda, uintptr_t place, int64_t stride, int64_t dlogits_stride) {
-    Logits logits = logits_of(z, type, 1, R, V, stride);
+             const std::string& dlogits_type, bool on_cuda, uintptr_t place, int64_t stride, int64_t dlogits_stride,
+             uintptr_t caps, const RawTuple& raw) {
+    Logits logits = logits_of(z, type, 1, R, V, stride, raw);
     require(side.size() == 3 && upstream.size() == (dlogits ? 3 : 0), "there must be three numbers a row");
     for (uintptr_t x : {side[0], side[1], side[2], top}) require(R == 0 || x, "statistics must not be null");
     for (uintptr_t x : upstream) require(R == 0 || (x && tokens), "tokens and upstream must not be null");
@@ -164,7 +177,7 @@ void logprob(uintptr_t z, const std::string& type, int64_t R, int64_t V, const s
     }
     LogProbArguments args{logits, (void*)side[0], (void*)side[1], (void*)side[2], (int64_t*)top,
                           (const int64_t*)tokens, nullptr, nullptr, nullptr,
-                          gradient_of(logits, dlogits, dlogits_type, cap, dlogits_stride)};
+                          gradient_of(logits, dlogits, dlogits_type, cap, caps, dlogits_stride)};
     if (dlogits)
         args.dlogp = (const void*)upstream[0], args.dentropy = (const void*)upstream[1],
         args.dlse = (const void*)upstream[2];
@@ -173,8 +186,8 @@ void logprob(uintptr_t z, const std::string& type, int64_t R, int64_t V, const s
 
 void agreement(uintptr_t z, const std::string& type, int heads, int64_t R, int64_t V, int student,
                const std::vector<int>& teachers, int64_t k, uintptr_t overlap, uintptr_t forward, uintptr_t reverse,
-               int threads, int64_t stride) {
-    Logits logits = logits_of(z, type, heads, R, V, stride);
+               int threads, int64_t stride, const RawTuple& raw) {
+    Logits logits = logits_of(z, type, heads, R, V, stride, raw);
     check_heads(logits, student, teachers);
     require(k > 0 && k <= V, "k must be in 1..V");
     require(R == 0 || (overlap && forward && reverse), "results must not be null");
@@ -184,11 +197,9 @@ void agreement(uintptr_t z, const std::string& type, int heads, int64_t R, int64
     cpu().second->agreement(args, threads);
 }
 
-void softcap(uintptr_t z, const std::string& type, int64_t R, int64_t V, double cap, bool on_cuda, uintptr_t place,
-             int64_t stride) {
-    require(cap > 0, "cap must be positive");
-    SoftcapArguments args{logits_of(z, type, 1, R, V, stride), cap};
-    call(on_cuda, place, args, &CpuRows::softcap, softcap_kernel);
+void complete(uintptr_t z, const std::string& type, int64_t R, int64_t V, bool on_cuda, uintptr_t place, int64_t stride,
+              const RawTuple& raw) {
+    call(on_cuda, place, logits_of(z, type, 1, R, V, stride, raw), &CpuRows::complete, complete_kernel);
 }
 
 #ifdef COPD_AMX
@@ -225,14 +236,17 @@ PYBIND11_MODULE(_C, m) {
     using namespace py::literals;
     m.def("kl", &copd::kl, "z"_a, "type"_a, "heads"_a, "R"_a, "V"_a, "student"_a, "teachers"_a, "divergence"_a, "beta"_a,
           "weight"_a, "cap"_a, "dlogits"_a, "dlogits_type"_a, "value"_a, "on_cuda"_a, "place"_a, "weight_stride"_a = 0,
-          "value_stride"_a = 0, "stride"_a = 0, "dlogits_stride"_a = 0);
+          "value_stride"_a = 0, "stride"_a = 0, "dlogits_stride"_a = 0, "caps"_a = 0, "raw"_a = copd::RawTuple{});
     m.def("logprob", &copd::logprob, "z"_a, "type"_a, "R"_a, "V"_a, "side"_a, "top"_a, "tokens"_a, "upstream"_a, "cap"_a,
-          "dlogits"_a, "dlogits_type"_a, "on_cuda"_a, "place"_a, "stride"_a = 0, "dlogits_stride"_a = 0);
+          "dlogits"_a, "dlogits_type"_a, "on_cuda"_a, "place"_a, "stride"_a = 0, "dlogits_stride"_a = 0, "caps"_a = 0,
+          "raw"_a = copd::RawTuple{});
     m.def("agreement", &copd::agreement, "z"_a, "type"_a, "heads"_a, "R"_a, "V"_a, "student"_a, "teachers"_a, "k"_a,
-          "overlap"_a, "forward"_a, "reverse"_a, "threads"_a, "stride"_a = 0);
+          "overlap"_a, "forward"_a, "reverse"_a, "threads"_a, "stride"_a = 0,
+          "raw"_a = copd::RawTuple{});
 #ifdef COPD_AMX
     m.def("gemm", &copd::gemm, "M"_a, "N"_a, "K"_a, "a"_a, "a_type"_a, "a_strides"_a, "b"_a, "b_type"_a, "b_strides"_a,
           "out"_a, "out_stride"_a, "alpha"_a, "accumulate"_a, "parts"_a, "threads"_a);
 #endif
-    m.def("softcap", &copd::softcap, "z"_a, "type"_a, "R"_a, "V"_a, "cap"_a, "on_cuda"_a, "place"_a, "stride"_a = 0);
+    m.def("complete", &copd::complete, "z"_a, "type"_a, "R"_a, "V"_a, "on_cuda"_a, "place"_a, "stride"_a = 0,
+          "raw"_a = copd::RawTuple{});
 }

@@ -17,6 +17,9 @@ __device__ __forceinline__ void publish() {
     asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// Puts what this thread has written to shared memory before copies into it that a barrier comes before.
+__device__ __forceinline__ void settle() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // Arrives, and announces the bytes of the copies that follow.
 __device__ __forceinline__ void expect(uint64_t* barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(barrier)), "r"(bytes)

@@ -14,6 +14,7 @@
 #endif
 #include "rows.h"
 #include "running.cuh"
+#include "table.h"
 
 namespace copd::cuda {
 namespace {
@@ -24,13 +25,14 @@ constexpr int MAX_TEACHERS = 16;
 
 // What a kernel is told, by value.
 template <class S, class Out> struct Work {
-    const S* z;  // (H, R, V)
+    S* z;  // (H, R, V)
     int64_t R, V, stride, out_stride;  // from row to row, of the logits and of dlogits
     int64_t weight_stride, value_stride;  // from teacher to teacher
     int student, T;
     int teachers[MAX_TEACHERS];
     Mixture<S> mixture;
     S cap;
+    const S* caps;    // (R,), one a row; null where all are `cap`
     const S* weight;  // (T, R)
     S* value;         // (T, R)
     Out* dlogits;     // (R, V)
@@ -42,8 +44,25 @@ template <class S, class Out> struct Work {
     const int64_t* tokens;
     const S* upstream[3];
 
-    __device__ const S* row(int head, int64_t r) const { return z + (head * R + r) * stride; }
+    // of raw logits, as in csrc/table.h; a place is 0 of the student and 1 + j of teacher j
+    uint32_t raw;  // a bit a place
+    S raw_caps[1 + MAX_TEACHERS];
+    const S *bias, *temperature;
+    int64_t bias_stride;
+
+    __device__ S cap_of(int64_t r) const { return caps ? caps[r] : cap; }
 };
+
+// Says which heads are raw, at the first place that each has.
+template <class S, class Out> void set_raw(Work<S, Out>& work, const Raw& raw) {
+    work.bias = (const S*)raw.bias, work.temperature = (const S*)raw.temperature, work.bias_stride = raw.bias_stride;
+    for (int i = 0; i < raw.count; ++i) {
+        int place = 0;
+        while (place < work.T && (place ? work.teachers[place - 1] : work.student) != raw.heads[i]) ++place;
+        work.raw |= 1u << place;
+        work.raw_caps[place] = S(raw.caps[raw.heads[i]]);
+    }
+}
 
 // Shared memory of a block beside the logits.
 template <class S> struct Scratch {
@@ -57,9 +76,34 @@ template <class S> struct Scratch {
 
 // --- reading a row --------------------------------------------------------------------------------
 
+__device__ void narrow(float x, float& y) { y = x; }
+__device__ void narrow(double x, double& y) { y = x; }
+// beyond its range a number becomes infinite, never a wrong finite one
+__device__ void narrow(float x, __half& y) { y = __float2half_rn(x); }
+__device__ void narrow(float x, __nv_bfloat16& y) { y = __float2bfloat16_rn(x); }
+
+template <class S, class Out, int N>
+__device__ void store(Out* to, const S (&x)[N], bool aligned, int64_t room) {
+    constexpr int BYTES = N * sizeof(Out) < 16 ? N * sizeof(Out) : 16, STEP = BYTES / sizeof(Out);
+    alignas(16) Out y[N];
+#pragma unroll
+    for (int i = 0; i < N; ++i) narrow(x[i], y[i]);
+    if (aligned && room >= N) {
+#pragma unroll
+        for (int i = 0; i < N; i += STEP) {
+            if constexpr (BYTES == 16) *reinterpret_cast<int4*>(to + i) = *reinterpret_cast<const int4*>(y + i);
+            else *reinterpret_cast<int2*>(to + i) = *reinterpret_cast<const int2*>(y + i);
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < N; ++i)
+            if (i < room) to[i] = y[i];
+    }
+}
+
 template <class S> struct FromMemory {
     static constexpr int N = sizeof(S) == 4 ? 8 : 2;  // columns a thread and tile
-    const S* base;
+    S* base;
     int64_t R, V, stride;
     bool aligned;
 
@@ -93,6 +137,11 @@ template <class S> struct FromMemory {
             for (int i = 0; i < N; ++i) x[i] = col + i < V ? from[i] : LOWEST<S>;
         }
     }
+
+    // What this thread has loaded, changed; it reads it so from now on, and so does whoever reads z later.
+    __device__ void put(int, int head, int64_t r, int64_t col, const S (&x)[N]) const {
+        store(base + (head * R + r) * stride + col, x, aligned, V - col);
+    }
 };
 
 constexpr int SEGMENT = THREADS * 4;  // columns that a block's threads read at once
@@ -123,7 +172,7 @@ inline Ring cut(int64_t V, int heads, size_t shared_bytes, int segment = SEGMENT
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 struct FromCluster {
     static constexpr int N = 4;
-    const float* z;
+    float* z;
     int64_t R, V, stride;
     Ring ring;
     float* buffer;       // [slots][heads][SEGMENT]
@@ -185,6 +234,15 @@ struct FromCluster {
         }
     }
 
+    // As from memory; a later copy takes the place of what is written here.
+    __device__ void put(int i, int head, int64_t r, int64_t col, const float (&x)[N]) const {
+        int place = slot + i;
+        place = place >= ring.slots ? place - ring.slots : place;
+        store(buffer + (place * ring.heads + head) * SEGMENT + threadIdx.x * N, x, true, N);
+        hopper::settle();
+        store(z + (head * R + r) * stride + col, x, true, stop - col);
+    }
+
     // Every thread is through with segment i: its slot takes a later one.
     __device__ void release(int i) {
         __syncthreads();
@@ -223,36 +281,33 @@ struct FromCluster {
 
 // --- working on a row -----------------------------------------------------------------------------
 
-__device__ void narrow(float x, float& y) { y = x; }
-__device__ void narrow(double x, double& y) { y = x; }
-// beyond its range a number becomes infinite, never a wrong finite one
-__device__ void narrow(float x, __half& y) { y = __float2half_rn(x); }
-__device__ void narrow(float x, __nv_bfloat16& y) { y = __float2bfloat16_rn(x); }
-
-template <class S, class Out, int N>
-__device__ void store(Out* to, const S (&x)[N], bool aligned, int64_t room) {
-    constexpr int BYTES = N * sizeof(Out) < 16 ? N * sizeof(Out) : 16, STEP = BYTES / sizeof(Out);
-    alignas(16) Out y[N];
-#pragma unroll
-    for (int i = 0; i < N; ++i) narrow(x[i], y[i]);
-    if (aligned && room >= N) {
-#pragma unroll
-        for (int i = 0; i < N; i += STEP) {
-            if constexpr (BYTES == 16) *reinterpret_cast<int4*>(to + i) = *reinterpret_cast<const int4*>(y + i);
-            else *reinterpret_cast<int2*>(to + i) = *reinterpret_cast<const int2*>(y + i);
-        }
-    } else {
-#pragma unroll
-        for (int i = 0; i < N; ++i)
-            if (i < room) to[i] = y[i];
-    }
-}
-
 // Calls f(tile number, first column) for this thread's columns, tile by tile.
 template <class Rows, class F> __device__ void sweep(Rows& rows, F f) {
     auto col = rows.begin() + (decltype(rows.begin()))threadIdx.x * Rows::N;
     int tiles = (rows.end() - rows.begin() + THREADS * Rows::N - 1) / (THREADS * Rows::N);
     for (int i = 0; i < tiles; ++i, col += THREADS * Rows::N) f(i, col);
+}
+
+// Completes a row's raw logits where they are, in a sweep of its own: a cluster has them at hand, and in the statistics'
+// loop it would cost rows that lack nothing registers and branches.
+template <class S, class Out, class Rows> __device__ void complete(Rows& rows, const Work<S, Out>& work, int64_t r) {
+    const S temperature = work.temperature ? work.temperature[r] : S(0);
+    for (int place = 0; place <= work.T; ++place) {
+        if (!(work.raw >> place & 1)) continue;
+        const int head = place ? work.teachers[place - 1] : work.student;
+        const S* bias = work.bias ? work.bias + head * work.bias_stride : nullptr;
+        const S cap = work.raw_caps[place];
+        sweep(rows, [&](int i, Index<S> col) {
+            rows.wait(i);
+            if (col >= rows.end()) return;
+            S x[Rows::N];
+            rows.load(i, head, r, col, x);
+#pragma unroll
+            for (int n = 0; n < Rows::N; ++n)
+                if (col + n < rows.end()) x[n] = completed(x[n], bias ? bias[col + n] : S(0), cap, temperature);
+            rows.put(i, head, r, col, x);
+        });
+    }
 }
 
 // This thread's side of head `a` beside head `b`, from what it has run through.
@@ -284,6 +339,7 @@ __device__ void kl_rows(Rows& rows, const Work<S, Out>& work, Scratch<S>& shared
     constexpr Moment OF_Q = Q ? Moment::of_difference : Moment::none;
     int turn = 0;
     for (int64_t r = rows.first_row(); r < work.R; r += rows.row_step(), turn ^= 1) {
+        if (work.raw) complete(rows, work, r);
         for (int j = 0; j < work.T; ++j) {
             Running<OF_P, S, N> student;
             Running<OF_Q, S, N> teacher;
@@ -337,7 +393,7 @@ __device__ void kl_rows(Rows& rows, const Work<S, Out>& work, Scratch<S>& shared
             __syncthreads();
         }
         if (work.dlogits) {
-            if (threadIdx.x == 0) shared.gradient = RowGradient<S>(D, shared.pairs, work.T, work.cap);
+            if (threadIdx.x == 0) shared.gradient = RowGradient<S>(D, shared.pairs, work.T, work.cap_of(r));
             __syncthreads();
             const RowGradient<S> gradient = shared.gradient;
             Out* out = work.dlogits + r * work.out_stride;
@@ -371,6 +427,7 @@ __device__ void logprob_rows(Rows& rows, const Work<S, Out>& work, Scratch<S>& s
     constexpr int N = Rows::N;
     int turn = 0;
     for (int64_t r = rows.first_row(); r < work.R; r += rows.row_step(), turn ^= 1) {
+        if (work.raw) complete(rows, work, r);
         if (!work.dlogits) {
             Running<Moment::of_logits, S, N> running;
             sweep(rows, [&](int i, Index<S> col) {
@@ -391,7 +448,7 @@ __device__ void logprob_rows(Rows& rows, const Work<S, Out>& work, Scratch<S>& s
         } else {
             const Side<S> side{work.side[0][r], (Index<S>)work.top[r], work.side[1][r], S(0), work.side[2][r]};
             const LogProbGradient<S> gradient(side, (Index<S>)work.tokens[r], work.upstream[0][r],
-                                              work.upstream[1][r], work.upstream[2][r], work.cap);
+                                              work.upstream[1][r], work.upstream[2][r], work.cap_of(r));
             Out* out = work.dlogits + r * work.out_stride;
             sweep(rows, [&](int i, Index<S> col) {
                 rows.wait(i);
@@ -411,11 +468,15 @@ __device__ void logprob_rows(Rows& rows, const Work<S, Out>& work, Scratch<S>& s
     rows.finish();
 }
 
-// Neighbouring threads take neighbouring logits, whatever the alignment.
-template <class S> __device__ void softcap_values(S* z, int64_t count, S cap) {
-    int64_t step = (int64_t)gridDim.x * THREADS;
+// A block a row, in one pass; neighbouring threads take neighbouring logits, whatever the alignment.
+template <class S, class Out> __device__ void complete_rows(const Work<S, Out>& work) {
+    for (int64_t r = blockIdx.x; r < work.R; r += gridDim.x) {
+        S* row = work.z + r * work.stride;
+        const S cap = work.raw_caps[0], temperature = work.temperature ? work.temperature[r] : S(0);
 #pragma unroll 4
-    for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < count; i += step) z[i] = soft_capped(z[i], cap);
+        for (int64_t i = threadIdx.x; i < work.V; i += THREADS)
+            row[i] = completed(row[i], work.bias ? work.bias[i] : S(0), cap, temperature);
+    }
 }
 
 }  // namespace

@@ -245,7 +245,7 @@ template <class S> COPD_FN S settle(const JsdSums<S>& sums, const Mixture<S>& m,
     return (m.teacher * sums.to_teacher + m.student * sums.to_student) + 0 * pair.gap;
 }
 
-// --- softcap --------------------------------------------------------------------------------------
+// --- raw logits -----------------------------------------------------------------------------------
 
 // cap tanh(z / cap), as precise near 0 as z is
 template <class F, class S> COPD_FN F soft_capped(F z, S cap) {
@@ -253,6 +253,13 @@ template <class F, class S> COPD_FN F soft_capped(F z, S cap) {
     F less = expm1_(2 * (x < 0 ? x : -x));
     F t = cap * (less / (2 + less));  // -cap tanh |x|
     return x > 0 ? -t : t;
+}
+
+// cap and temperature are the row's, 0 for none
+template <class F, class S> COPD_FN F completed(F z, F bias, S cap, S temperature) {
+    z += bias;
+    if (cap != 0) z = soft_capped(z, cap);
+    return temperature == 0 ? z : z / temperature;
 }
 
 // --- gradients ------------------------------------------------------------------------------------

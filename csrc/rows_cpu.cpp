@@ -239,13 +239,34 @@ void differentiate(const S* student, int64_t V, const Scratch<S>& room, const Ro
     if (row.top >= 0) out[row.top] = narrow(at_top(row), Out{});
 }
 
+// What row r of some heads lacks, done where it is: the sweeps that follow find it in cache.
+template <class S> void complete(const Logits& logits, int64_t r) {
+    const auto& [heads, count, biases, bias_stride, caps, temperatures] = logits.raw;
+    for (int i = 0; i < count; ++i) {
+        S* row = (S*)logits.z + (heads[i] * logits.R + r) * logits.stride;
+        const S* bias = biases ? (const S*)biases + heads[i] * bias_stride : nullptr;
+        const S cap = S(caps[heads[i]]), temperature = temperatures ? ((const S*)temperatures)[r] : S(0);
+        for (int64_t col = 0; col < logits.V; col += N * WIDTH<S>) {
+            auto tile = load(row, col, logits.V, S(0));
+            const Tile<S> offset = bias ? load(bias, col, logits.V, S(0)) : Tile<S>{};
+            for (int n = 0; n < N; ++n) tile.x[n] = completed(tile.x[n], offset.x[n], cap, temperature);
+            store(row, col, logits.V, tile);
+        }
+    }
+}
+
+// The student's softcap over temperature in a row.
+template <class S> S cap_of(const Gradient& gradient, int64_t r) {
+    return gradient.caps ? ((const S*)gradient.caps)[r] : S(gradient.cap);
+}
+
 // One thread does what takes less time than waking another.
 int threads_for(int64_t heads, const Logits& logits, int threads) {
     return heads * logits.R * logits.V < (1 << 15) ? 1 : threads;
 }
 
 template <Divergence D, class S, class Out> void kl_rows(const KlArguments& args, int threads) {
-    const auto [z, type, heads, R, V, stride] = args.logits;
+    const auto [z, type, heads, R, V, stride, raw] = args.logits;
     constexpr bool P = D != Divergence::forward && D != Divergence::jsd;
     constexpr bool Q = D == Divergence::forward || D == Divergence::symmetric;
     const Mixture<S> m(args.beta);
@@ -261,6 +282,7 @@ template <Divergence D, class S, class Out> void kl_rows(const KlArguments& args
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < R; ++r) {
             auto row_of = [&](int head) { return (const S*)z + (head * R + r) * stride; };
+            complete<S>(args.logits, r);
             const S* student = row_of(args.student);
             Side<S> own = top_of(student, V);
             weigh<false>(student, V, own, room.p);
@@ -280,7 +302,7 @@ template <Divergence D, class S, class Out> void kl_rows(const KlArguments& args
                 anew &= pair.weight == 0;
             }
             if (!learns) continue;
-            RowGradient<S> row(D, pairs, args.T, S(args.gradient.cap));
+            RowGradient<S> row(D, pairs, args.T, cap_of<S>(args.gradient, r));
             Out* out = (Out*)args.gradient.dlogits + r * args.gradient.stride;
             differentiate(student, V, room, row, out);
         }
@@ -288,11 +310,12 @@ template <Divergence D, class S, class Out> void kl_rows(const KlArguments& args
 }
 
 template <class S, class Out> void logprob_rows(const LogProbArguments& args, int threads) {
-    const auto [z, type, heads, R, V, stride] = args.logits;
+    const auto [z, type, heads, R, V, stride, raw] = args.logits;
     S *max = (S*)args.max, *tail = (S*)args.tail, *moment = (S*)args.moment;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t r = 0; r < R; ++r) {
         const S* row = (const S*)z + r * stride;
+        complete<S>(args.logits, r);
         if (!args.gradient.dlogits) {
             Side<S> side = top_of(row, V);
             weigh<true>(row, V, side, (S*)nullptr);
@@ -303,7 +326,7 @@ template <class S, class Out> void logprob_rows(const LogProbArguments& args, in
         auto at = [r](const void* numbers) { return ((const S*)numbers)[r]; };
         const Side<S> side{max[r], (Index<S>)args.top[r], tail[r], S(0), moment[r]};
         LogProbGradient<S> gradient(side, (Index<S>)args.tokens[r], at(args.dlogp), at(args.dentropy), at(args.dlse),
-                                    S(args.gradient.cap));
+                                    cap_of<S>(args.gradient, r));
         Out* out = (Out*)args.gradient.dlogits + r * args.gradient.stride;
         for (int64_t col = 0; col < V; col += N * WIDTH<S>) {
             auto tile = load(row, col, V, -INFINITE<S>);
@@ -382,7 +405,7 @@ template <class S> int64_t top_k(const S* row, int64_t V, int64_t k, Entry<S>* h
 
 // The largest k and both divergences while a row of each head is at hand.
 template <class S> void agreement_of(const AgreementArguments& args, int threads) {
-    const auto [z, type, heads, R, V, stride] = args.logits;
+    const auto [z, type, heads, R, V, stride, raw] = args.logits;
     const int64_t k = args.k;
     std::unique_ptr<Entry<S>[]> heaps(new Entry<S>[threads * 2 * k]);
     std::vector<Scratch<S>> rooms;
@@ -394,6 +417,7 @@ template <class S> void agreement_of(const AgreementArguments& args, int threads
         for (int64_t r = 0; r < R; ++r) {
             auto row_of = [&](int head) { return (const S*)z + (head * R + r) * stride; };
             const Scratch<S>& room = rooms[omp_get_thread_num()];
+            complete<S>(args.logits, r);
             int64_t size = top_k(row_of(args.student), V, k, mine);
             Side<S> own = top_of(row_of(args.student), V);
             weigh<false>(row_of(args.student), V, own, room.p);
@@ -417,22 +441,6 @@ template <class S> void agreement_of(const AgreementArguments& args, int threads
     }
 }
 
-// --- softcap --------------------------------------------------------------------------------------
-
-template <class S> void softcap_of(const SoftcapArguments& args, int threads) {
-    const auto [z, type, heads, R, V, stride] = args.logits;
-    const S cap = S(args.cap);
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t r = 0; r < R; ++r) {
-        S* row = (S*)z + r * stride;
-        for (int64_t col = 0; col < V; col += N * WIDTH<S>) {
-            auto tile = load(row, col, V, S(0));
-            for (auto& x : tile.x) x = soft_capped(x, cap);
-            store(row, col, V, tile);
-        }
-    }
-}
-
 // --- what bindings.cpp sees -----------------------------------------------------------------------
 
 void kl(const KlArguments& args, int threads) {
@@ -450,14 +458,19 @@ void agreement(const AgreementArguments& args, int threads) {
     args.logits.type == Type::float64 ? agreement_of<double>(args, threads) : agreement_of<float>(args, threads);
 }
 
-void softcap(const SoftcapArguments& args, int threads) {
-    threads = threads_for(1, args.logits, threads);
-    args.logits.type == Type::float64 ? softcap_of<double>(args, threads) : softcap_of<float>(args, threads);
+template <class S> void complete_rows(const Logits& logits, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t r = 0; r < logits.R; ++r) complete<S>(logits, r);
+}
+
+void complete(const Logits& logits, int threads) {
+    threads = threads_for(1, logits, threads);
+    logits.type == Type::float64 ? complete_rows<double>(logits, threads) : complete_rows<float>(logits, threads);
 }
 
 }  // namespace
 
 extern const CpuRows rows;
-const CpuRows rows{kl, logprob, agreement, softcap};
+const CpuRows rows{kl, logprob, agreement, complete};
 
 }  // namespace copd::COPD_ISA

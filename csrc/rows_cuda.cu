@@ -13,7 +13,6 @@
 #include <utility>
 
 #include "row_kernels.cuh"
-#include "table.h"
 
 namespace copd::cuda {
 namespace {
@@ -55,8 +54,9 @@ __global__ void __launch_bounds__(THREADS, 1)
 #endif
 }
 
-template <class S> __global__ void __launch_bounds__(THREADS) softcap_from_memory(S* z, int64_t count, S cap) {
-    softcap_values(z, count, cap);
+template <class S>
+__global__ void __launch_bounds__(THREADS) complete_from_memory(const __grid_constant__ Work<S, S> work) {
+    complete_rows(work);
 }
 
 // --- launching ------------------------------------------------------------------------------------
@@ -118,9 +118,9 @@ template <class Kernel, class Arguments> void launch_blocks(Kernel kernel, const
 
 template <class S, class Out> Work<S, Out> work_on(const Logits& logits, const Gradient& gradient) {
     Work<S, Out> work{};
-    work.z = (const S*)logits.z, work.R = logits.R, work.V = logits.V;
+    work.z = (S*)logits.z, work.R = logits.R, work.V = logits.V;
     work.stride = logits.stride, work.out_stride = gradient.stride;
-    work.cap = S(gradient.cap), work.dlogits = (Out*)gradient.dlogits;
+    work.cap = S(gradient.cap), work.caps = (const S*)gradient.caps, work.dlogits = (Out*)gradient.dlogits;
     work.aligned = logits.stride * sizeof(S) % 16 == 0 && (uintptr_t)logits.z % 16 == 0
         && gradient.stride * sizeof(Out) % 16 == 0 && (uintptr_t)gradient.dlogits % 16 == 0;
     return work;
@@ -138,6 +138,7 @@ template <Divergence D, class S, class Out> void run_kl(const KlArguments& args,
         throw std::invalid_argument("kl: teachers must number at most 16 for backend 'native' on CUDA; use 'torch'");
     work.student = args.student, work.T = args.T, work.mixture = Mixture<S>(args.beta);
     for (int j = 0; j < args.T; ++j) work.teachers[j] = args.teachers[j];
+    set_raw(work, args.logits.raw);
     work.weight = (const S*)args.weight, work.value = (S*)args.value;
     work.weight_stride = args.weight_stride, work.value_stride = args.value_stride;
     if constexpr (sizeof(S) == 4)
@@ -147,6 +148,7 @@ template <Divergence D, class S, class Out> void run_kl(const KlArguments& args,
 
 template <class S, class Out> void run_logprob(const LogProbArguments& args, uintptr_t stream) {
     auto work = work_on<S, Out>(args.logits, args.gradient);
+    set_raw(work, args.logits.raw);
     work.top = args.top, work.tokens = args.tokens;
     void* side[] = {args.max, args.tail, args.moment};
     const void* upstream[] = {args.dlogp, args.dentropy, args.dlse};
@@ -156,14 +158,10 @@ template <class S, class Out> void run_logprob(const LogProbArguments& args, uin
     launch_blocks(logprob_from_memory<S, Out>, work, stream);
 }
 
-template <class S> void run_softcap(const SoftcapArguments& args, uintptr_t stream) {
-    const auto& logits = args.logits;
-    // gaps between rows with them
-    int64_t count = (logits.R - 1) * logits.stride + logits.V, blocks = (count + 4 * THREADS - 1) / (4 * THREADS);
-    blocks = std::min<int64_t>(blocks, 16 * attribute(cudaDevAttrMultiProcessorCount));
-    softcap_from_memory<S><<<unsigned(blocks), THREADS, 0, (cudaStream_t)stream>>>((S*)logits.z, count,
-                                                                                  S(args.cap));
-    check(cudaGetLastError(), "launch");
+template <class S> void run_complete(const Logits& logits, uintptr_t stream) {
+    auto work = work_on<S, S>(logits, {});
+    set_raw(work, logits.raw);
+    launch_blocks(complete_from_memory<S>, work, stream);
 }
 
 // Calls f with the type of dlogits.
@@ -198,8 +196,8 @@ void logprob(const LogProbArguments& args, uintptr_t stream) {
     with_output<float>(args.gradient.type, [&](auto out) { run_logprob<float, decltype(out)>(args, stream); });
 }
 
-void softcap(const SoftcapArguments& args, uintptr_t stream) {
-    args.logits.type == Type::float64 ? run_softcap<double>(args, stream) : run_softcap<float>(args, stream);
+void complete(const Logits& logits, uintptr_t stream) {
+    logits.type == Type::float64 ? run_complete<double>(logits, stream) : run_complete<float>(logits, stream);
 }
 
 std::pair<int, int> versions() {

@@ -7,12 +7,25 @@ namespace copd {
 
 enum class Type { float32, float64, float16, bfloat16 };
 
-// A chunk's logits (H, R, V), rows `stride` numbers apart and heads R rows, float32 or float64; per-token numbers are in the same type.
+// What logits lack when a GEMM has made them: those of some heads become cap tanh((z + bias) / cap) / temperature where
+// they are, before anything else is made of them.
+struct Raw {
+    const int* heads;
+    int count;
+    const void* bias;         // (H, V), rows bias_stride apart; null for none
+    int64_t bias_stride;
+    const double* caps;       // (H,), 0 for none
+    const void* temperature;  // (R,); null for none
+};
+
+// A chunk's logits (H, R, V), rows `stride` numbers apart and heads R rows, float32 or float64; per-token numbers are in
+// the same type.
 struct Logits {
-    const void* z;
+    void* z;
     Type type;
     int heads;
     int64_t R, V, stride;
+    Raw raw;
 };
 
 // The gradient (R, V) with respect to the student's logits before its softcap; null for none. It may be those logits.
@@ -21,6 +34,7 @@ struct Gradient {
     Type type;
     int64_t stride;  // from row to row
     double cap;  // the student's softcap over temperature; 0 for none
+    const void* caps;  // (R,) of them, one a row; null where all are `cap`
 };
 
 struct KlArguments {
@@ -55,12 +69,6 @@ struct AgreementArguments {
     void *overlap, *forward, *reverse;  // (T, R)
 };
 
-// Logits that become cap tanh(z / cap) where they are.
-struct SoftcapArguments {
-    Logits logits;
-    double cap;
-};
-
 // A GEMM's operand seen as (outer, K), rows of the left one or columns of the right one: float32, float16 or bfloat16
 // numbers, number k of the i-th at i * stride + k * k_stride. One of the strides is 1.
 struct Operand {
@@ -84,7 +92,7 @@ struct CpuRows {
     void (*kl)(const KlArguments&, int threads);
     void (*logprob)(const LogProbArguments&, int threads);
     void (*agreement)(const AgreementArguments&, int threads);
-    void (*softcap)(const SoftcapArguments&, int threads);
+    void (*complete)(const Logits&, int threads);
 };
 
 }  // namespace copd

@@ -1,22 +1,22 @@
 """What happens to a chunk of logits between the GEMMs: the only backend-specific code.
 
 A backend has five functions, which `load` gives for one operator: `torch` runs anywhere, `triton` on GPUs, `native` is
-compiled from csrc/ for CPUs and GPUs. z is (H, R, V) fp32 or fp64: the chunk's finished logits of every head
-(temperature, bias and softcap applied); rows are contiguous, and may have a gap between them. Per-token results are
-(R,) or (T, R) in z's dtype.
+compiled from csrc/ for CPUs and GPUs. z is (H, R, V) fp32 or fp64: the chunk's logits of every head, which are
+complete, or lack what `raw` says (bias, softcap, a token's temperature) until one of these has read them; rows are
+contiguous, and may have a gap between them. Per-token results are (R,) or (T, R) in z's dtype.
 
-    softcap(z, cap) -> None, one head's unfinished (R, V) becoming cap * tanh(z / cap)
-    logprob(z, tokens=None, out=None) -> Side, each row's statistics beside no other, its token's logit as `cross`;
-        `stats` makes log-probability, entropy and lse of them
-    logprob_grad(z, side, tokens, dlogp, dentropy, dlse, cap, dlogits) -> None
-    kl(z, student, teachers, divergence, beta, weight=None, cap=None, dlogits=None, out=None) -> (T, R)
-    agreement(z, student, teachers, k) -> overlap of the k largest, forward and reverse KL, (T, R) each
+    complete(z, bias, cap, temperature) -> None, one head's raw (R, V), as `raw.py` says
+    logprob(z, tokens=None, out=None, raw=COMPLETE) -> Side, each row's statistics beside no other, its token's logit as
+        `cross`; `stats` makes log-probability, entropy and lse of them
+    logprob_grad(z, side, tokens, dlogp, dentropy, dlse, cap, dlogits, raw=COMPLETE) -> None
+    kl(z, student, teachers, divergence, beta, weight=None, cap=None, dlogits=None, out=None, raw=COMPLETE) -> (T, R)
+    agreement(z, student, teachers, k, raw=COMPLETE) -> overlap of the k largest, forward and reverse KL, (T, R) each
 
 `student` and `teachers` index the heads. `dlogits` (R, V), in the dtype the GEMM reads, receives the gradient with
 respect to hidden @ lm_head.T + bias over alpha; it may be the student's own logits, which are then overwritten.
-`weight` (T, R) multiplies each divergence's gradient, never its value. `cap` is the student's softcap over temperature;
-torch's and Triton's rows take (R,) of them too. Results are in the memory of `out`, where it is given; its rows and
-those of `weight` may be apart, the numbers of a row follow one another.
+`weight` (T, R) multiplies each divergence's gradient, never its value. `cap` is the student's softcap over temperature,
+a number or (R,). Results are in the memory of `out`, where it is given; its rows and those of `weight` may be apart,
+the numbers of a row follow one another.
 
 A row with a NaN, an infinite logit or no mass at all is no distribution: every number made from it is NaN, and so is
 its gradient, on both sides. A row whose weights (or upstream gradients) are all 0 has a gradient of exactly 0, and a

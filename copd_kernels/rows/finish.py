@@ -16,8 +16,9 @@ where no JSD needs it itself 1 / (1 + tail) of a teacher is already multiplied b
 import triton
 import triton.language as tl
 
+from .complete import _exp
 from .kernels import _id, _log1p, _log_mix
-from .lanes import SLICES, VARYING, _as_number, _exp
+from .lanes import SLICES, VARYING, _as_number
 
 
 @triton.jit

@@ -9,23 +9,10 @@ columns, and the last piece `rest` more, which may reach beyond V. Threads excha
 import triton
 import triton.language as tl
 
-from .lanes import SLICES, VARYING, _exp, _head_row
+from .complete import _completed, _exp, _expm1, _lacks
+from .lanes import SLICES, VARYING, _head_row
 
 LN2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def _expm1(x):
-    """exp(x) - 1 for x <= 0, without cancellation near 0: its Taylor series there, by Horner's rule."""
-    if x.dtype == tl.float64:
-        series = x * (1 / 87178291200) + 1 / 6227020800
-        series = ((series * x + 1 / 479001600) * x + 1 / 39916800) * x + 1 / 3628800
-        series = ((series * x + 1 / 362880) * x + 1 / 40320) * x + 1 / 5040
-        series = series * x + 1 / 720
-    else:
-        series = x * (1 / 5040) + 1 / 720
-    series = (((series * x + 1 / 120) * x + 1 / 24) * x + 1 / 6) * x + 0.5
-    return tl.where(x > -0.25, series * x * x + x, _exp(x) - 1)
 
 
 @triton.jit
@@ -43,34 +30,6 @@ def _log1p(x):
         series = f * (f * (f * 0.14032766 - 0.15420598) + 0.13995583) - 0.1641001
         series = f * (f * (f * (f * series + 0.20011085) - 0.25008145) + 0.33333203) - 0.49999931
         return f * f * series + f + k.to(tl.float32) * (LN2 / 8388608)
-
-
-@triton.jit
-def _soft_capped(z, cap):
-    """cap tanh(z / cap), precise near 0 too."""
-    x = z / cap
-    less = _expm1(-2 * tl.abs(x))
-    t = cap * (less / (2 + less))
-    return tl.where(x > 0, -t, t)
-
-
-@triton.jit
-def _softcap_kernel(
-    z_ptr,  # (R, V)
-    cap_ptr,  # (1,)
-    V,
-    stride,
-    BLOCK: tl.constexpr,
-):
-    row_ptr = z_ptr + tl.program_id(0).to(tl.int64) * stride
-    start = tl.program_id(1) * BLOCK
-    cols = start + tl.arange(0, BLOCK)
-    if start + BLOCK <= V:
-        tl.store(row_ptr + cols, _soft_capped(tl.load(row_ptr + cols), tl.load(cap_ptr)))
-    else:
-        inside = cols < V
-        z = tl.load(row_ptr + cols, mask=inside, other=0.0)
-        tl.store(row_ptr + cols, _soft_capped(z, tl.load(cap_ptr)), mask=inside)
 
 
 @triton.jit
@@ -302,8 +261,10 @@ def _kl_grad_kernel(
 
 
 @triton.jit
-def _write_logprob(numbers, row_ptr, out_ptr, cap, cols, V, HAS_CAP: tl.constexpr, MASKED: tl.constexpr):
-    z = _line(row_ptr, cols, V, float("-inf"), MASKED)
+def _write_logprob(
+    numbers, lack, row_ptr, out_ptr, cap, cols, V, LACKS: tl.constexpr, HAS_CAP: tl.constexpr, MASKED: tl.constexpr
+):
+    z = _completed(_line(row_ptr, cols, V, float("-inf"), MASKED), cols, V, lack, LACKS, MASKED)
     _store_dlogits(out_ptr + cols, _by_logit(numbers, z), z, cap, cols < V, HAS_CAP, MASKED)
 
 
@@ -330,6 +291,9 @@ def _logprob_grad_kernel(
     dentropy_ptr,  # (R,)
     dlse_ptr,  # (R,)
     cap_ptr,  # (1,), or (R,) with cap_step 1
+    bias_ptr,  # (1, V)
+    head_cap_ptr,  # (1,)
+    temperature_ptr,  # (R,)
     cap_step,
     out_stride,
     V,
@@ -337,6 +301,7 @@ def _logprob_grad_kernel(
     count,
     rest,
     first,
+    LACKS: tl.constexpr,
     HAS_CAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -360,12 +325,13 @@ def _logprob_grad_kernel(
         tiles, stop = count + rest, V
     if (dlogp != 0) | (dentropy != 0) | (dlse != 0):
         numbers = (z_max, inv, mean, dlogp, dentropy, dlse)
+        lack = _lacks(bias_ptr, 0, head_cap_ptr, temperature_ptr, 0, row, LACKS)
         for i in range(count):
             cols = start + i * BLOCK + tl.arange(0, BLOCK)
-            _write_logprob(numbers, row_ptr, out_ptr, cap, cols, V, HAS_CAP, False)
+            _write_logprob(numbers, lack, row_ptr, out_ptr, cap, cols, V, LACKS, HAS_CAP, False)
         for i in range(count, tiles):
             cols = start + i * BLOCK + tl.arange(0, BLOCK)
-            _write_logprob(numbers, row_ptr, out_ptr, cap, cols, V, HAS_CAP, True)
+            _write_logprob(numbers, lack, row_ptr, out_ptr, cap, cols, V, LACKS, HAS_CAP, True)
         # two columns have numbers of their own, which take the place of what other threads have written
         logit = tl.load(logit_ptr + row)
         asked = (token >= start) & (token < stop) & (token != top) & (dlogp != 0)

@@ -15,24 +15,17 @@ What a piece leaves is (F, S, R), a field of `finish.py` a plane; its ids count 
 import triton
 import triton.language as tl
 
+from .complete import _completed, _exp, _lacks
+
 # numbers that differ from chunk to chunk: no compilation of their own for a 1 or a multiple of 16
 VARYING = ("R", "S", "student", "heads", "count", "rest", "first", "place", "weight_stride", "value_stride", "cap_step")
 # a chunk's part of what is kept of all tokens starts anywhere
 SLICES = ("weight_ptr", "value_ptr", "token_ptr", "cap_ptr", "dlogp_ptr", "dentropy_ptr", "dlse_ptr") + tuple(
-    f"{name}_ptr" for name in ("max", "tail", "top", "moment", "logit")
+    f"{name}_ptr" for name in ("max", "tail", "top", "moment", "logit", "temperature")
 )
-LOG2E = tl.constexpr(1.4426950408889634)
 # the maximum of a lane that has seen no mass yet, and what is read beyond the row: finite, so that differences are
 LOWEST = tl.constexpr(-3e38)
 NO_COLUMN = tl.constexpr(2147483647)
-
-
-@triton.jit
-def _exp(x):
-    """exp(x), in fp32 by two instructions: its relative error grows with |x|, but what has mass is near 0."""
-    if x.dtype == tl.float64:
-        return tl.exp(x)
-    return tl.exp2(x * LOG2E)
 
 
 @triton.jit
@@ -46,21 +39,33 @@ def _as_number(ids, pointer):
 
 
 @triton.jit
-def _head_row(z_ptr, heads, j, row, stride_head, stride, BITS: tl.constexpr):
-    """Where this row of teacher j starts."""
-    return z_ptr + ((heads >> (BITS * j)) & ((1 << BITS) - 1)).to(tl.int64) * stride_head + row * stride
+def _head(heads, j, BITS: tl.constexpr):
+    """Of teacher j."""
+    return ((heads >> (BITS * j)) & ((1 << BITS) - 1)).to(tl.int64)
 
 
 @triton.jit
-def _spans(row_ptr, at, V, LANES: tl.constexpr, U: tl.constexpr, MASKED: tl.constexpr):
-    """A tile's logits, U of (LANES, 4)."""
-    cols = at + tl.arange(0, LANES)[:, None] * 4 + tl.arange(0, 4)[None, :]
+def _head_row(z_ptr, heads, j, row, stride_head, stride, BITS: tl.constexpr):
+    """Where this row of teacher j starts."""
+    return z_ptr + _head(heads, j, BITS) * stride_head + row * stride
+
+
+@triton.jit
+def _spans(row_ptr, at, V, lack, LACKS: tl.constexpr, LANES: tl.constexpr, U: tl.constexpr, MASKED: tl.constexpr):
+    """A tile's logits, U of (LANES, 4); what they lack is done, and written for who reads them next."""
+    first = at + tl.arange(0, LANES)[:, None] * 4 + tl.arange(0, 4)[None, :]
     z = ()
     for u in tl.static_range(U):
-        if MASKED:
-            z = z + (tl.load(row_ptr + (cols + u * LANES * 4), mask=cols + u * LANES * 4 < V, other=LOWEST),)
-        else:
-            z = z + (tl.load(row_ptr + (cols + u * LANES * 4)),)
+        cols = first + u * LANES * 4
+        span = tl.load(row_ptr + cols, mask=cols < V, other=LOWEST) if MASKED else tl.load(row_ptr + cols)
+        if LACKS:
+            span = _completed(span, cols, V, lack, LACKS, MASKED)
+            if MASKED:
+                tl.store(row_ptr + cols, span, mask=cols < V)
+                span = tl.where(cols < V, span, LOWEST)
+            else:
+                tl.store(row_ptr + cols, span)
+        z = z + (span,)
     return z
 
 
@@ -160,14 +165,15 @@ def _fresh(z_ptr, start, LANES: tl.constexpr):
 
 @triton.jit
 def _fold_pairs(
-    state, s_ptr, t_ptrs, at, V, T: tl.constexpr, LANES: tl.constexpr, U: tl.constexpr, MASKED: tl.constexpr
-):
+    state, s_ptr, t_ptrs, at, V, lacks, LACKS: tl.constexpr, TEACHERS_LACK: tl.constexpr, T: tl.constexpr,
+    LANES: tl.constexpr, U: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
     student, teachers, pairs, backs = state
-    s = _spans(s_ptr, at, V, LANES, U, MASKED)
+    s = _spans(s_ptr, at, V, lacks[T], LACKS, LANES, U, MASKED)
     folded = _fold(student, s, at, LANES, U)
     new_teachers, new_pairs, new_backs = (), (), ()
     for j in tl.static_range(T):
-        t = _spans(t_ptrs[j], at, V, LANES, U, MASKED)
+        t = _spans(t_ptrs[j], at, V, lacks[j], TEACHERS_LACK, LANES, U, MASKED)
         new_pairs = new_pairs + (_fold_moment(pairs[j], folded, s, t, U),)
         theirs = _fold(teachers[j], t, at, LANES, U)
         new_backs = new_backs + (_fold_moment(backs[j], theirs, t, s, U),)
@@ -186,10 +192,14 @@ def _joined_moment(joined, pair, side, row_ptr, other_ptr, start, stop, tiles, L
     return moment
 
 
-@triton.jit(do_not_specialize=VARYING)
+@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=SLICES)
 def _kl_stats_kernel(
     z_ptr,  # (H, R, V)
     pieces_ptr,  # (3 + 7 T, S, R): max, tail, top; of each teacher cross, moment, then its own five
+    bias_ptr,  # (H, V)
+    cap_ptr,  # (H,)
+    temperature_ptr,  # (R,)
+    bias_stride,
     R,
     V,
     stride,
@@ -200,6 +210,8 @@ def _kl_stats_kernel(
     rest,
     first,
     place,  # of the first of these teachers
+    LACKS: tl.constexpr,  # of the student's logits
+    TEACHERS_LACK: tl.constexpr,
     T: tl.constexpr,
     BITS: tl.constexpr,
     LANES: tl.constexpr,
@@ -211,20 +223,30 @@ def _kl_stats_kernel(
     TILE: tl.constexpr = U * LANES * 4
     s_ptr = z_ptr + student.to(tl.int64) * stride_head + row * stride
     start = split * count * TILE
-    t_ptrs, teachers, pairs = (), (), ()
+    t_ptrs, teachers, pairs, lacks = (), (), (), ()
     zero = tl.zeros([LANES], z_ptr.dtype.element_ty)
     for j in tl.static_range(T):
+        head = _head(heads, j, BITS)
+        lacks = lacks + (_lacks(bias_ptr, bias_stride, cap_ptr, temperature_ptr, head, row, TEACHERS_LACK),)
         t_ptrs = t_ptrs + (_head_row(z_ptr, heads, j, row, stride_head, stride, BITS),)
         teachers = teachers + (_fresh(z_ptr, start, LANES),)
         pairs = pairs + ((zero, zero),)
+    lacks = lacks + (_lacks(bias_ptr, bias_stride, cap_ptr, temperature_ptr, student, row, LACKS),)
     state = (_fresh(z_ptr, start, LANES), teachers, pairs, pairs)
     for i in range(count):
-        state = _fold_pairs(state, s_ptr, t_ptrs, start + i * TILE, V, T, LANES, U, False)
+        state = _fold_pairs(
+            state, s_ptr, t_ptrs, start + i * TILE, V, lacks, LACKS, TEACHERS_LACK, T, LANES, U, False
+        )  # fmt: skip
     stop, tiles = start + count * TILE, count * U
     if split == S - 1:
         for i in range(rest):
-            state = _fold_pairs(state, s_ptr, t_ptrs, start + (count + i) * TILE, V, T, LANES, U, True)
+            state = _fold_pairs(
+                state, s_ptr, t_ptrs, start + (count + i) * TILE, V, lacks, LACKS, TEACHERS_LACK, T, LANES, U, True
+            )  # fmt: skip
         stop, tiles = V, (count + rest) * U
+    if LACKS or TEACHERS_LACK:
+        # what another thread has completed is read below
+        tl.debug_barrier()
     side, teachers, pairs, backs = state
     joined = _join(side, s_ptr, start, V, LANES, U)
     plane = S * R.to(tl.int64)
@@ -247,10 +269,12 @@ def _kl_stats_kernel(
 
 
 @triton.jit
-def _fold_own(state, row_ptr, at, V, LANES: tl.constexpr, U: tl.constexpr, MASKED: tl.constexpr):
+def _fold_own(
+    state, row_ptr, at, V, lack, LACKS: tl.constexpr, LANES: tl.constexpr, U: tl.constexpr, MASKED: tl.constexpr
+):
     """Adds a tile to every lane's side and its moment of z itself."""
     side, moment = state
-    z = _spans(row_ptr, at, V, LANES, U, MASKED)
+    z = _spans(row_ptr, at, V, lack, LACKS, LANES, U, MASKED)
     new, e, scale, whole, _ = _fold(side, z, at, LANES, U)
     terms = e[0] * (z[0] - new[0][:, None])
     for u in tl.static_range(1, U):
@@ -263,12 +287,16 @@ def _logprob_stats_kernel(
     z_ptr,  # (R, V)
     pieces_ptr,  # (5, S, R): max, tail, top, the logit of the row's token or -inf, moment
     token_ptr,  # (R,) int64
+    bias_ptr,  # (1, V)
+    cap_ptr,  # (1,)
+    temperature_ptr,  # (R,)
     R,
     V,
     stride,
     count,
     rest,
     first,
+    LACKS: tl.constexpr,
     LANES: tl.constexpr,
     U: tl.constexpr,
 ):
@@ -277,15 +305,19 @@ def _logprob_stats_kernel(
     S = tl.num_programs(1)
     TILE: tl.constexpr = U * LANES * 4
     row_ptr = z_ptr + row * stride
+    lack = _lacks(bias_ptr, 0, cap_ptr, temperature_ptr, 0, row, LACKS)
     start = split * count * TILE
     state = (_fresh(z_ptr, start, LANES), tl.zeros([LANES], z_ptr.dtype.element_ty))
     for i in range(count):
-        state = _fold_own(state, row_ptr, start + i * TILE, V, LANES, U, False)
+        state = _fold_own(state, row_ptr, start + i * TILE, V, lack, LACKS, LANES, U, False)
     stop, tiles = start + count * TILE, count * U
     if split == S - 1:
         for i in range(rest):
-            state = _fold_own(state, row_ptr, start + (count + i) * TILE, V, LANES, U, True)
+            state = _fold_own(state, row_ptr, start + (count + i) * TILE, V, lack, LACKS, LANES, U, True)
         stop, tiles = V, (count + rest) * U
+    if LACKS:
+        # what another thread has completed is read below
+        tl.debug_barrier()
     side, lanes = state
     joined = _join(side, row_ptr, start, V, LANES, U)
     largest, top, tail, factor = joined

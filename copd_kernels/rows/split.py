@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..shard import Shard
 from . import torch as plain
+from .raw import COMPLETE, Raw
 from .stats import Row, Side, divergence_from, into, kl_gradient, log_mix, norm_gap
 
 
@@ -21,10 +22,10 @@ class Rows:
     """The functions of a backend where ranks share a vocabulary."""
 
     def __init__(self, shard: str) -> None:
-        self.shard, self.softcap = Shard.read(shard), plain.softcap
+        self.shard, self.complete = Shard.read(shard), plain.complete
 
-    def logprob(self, z: Tensor, tokens: Tensor | None = None, out: Side | None = None) -> Side:
-        return into(out, self.shard.whole(plain.logprob(z), z[0], tokens))
+    def logprob(self, z: Tensor, tokens: Tensor | None = None, out: Side | None = None, raw: Raw = COMPLETE) -> Side:
+        return into(out, self.shard.whole(plain.logprob(z, raw=raw), z[0], tokens))
 
     def logprob_grad(self, z: Tensor, side: Side, tokens: Tensor, *rest: Any) -> None:
         plain.logprob_grad(z, self.shard.in_columns(side), tokens - self.shard.first, *rest)
@@ -40,8 +41,10 @@ class Rows:
         cap: float | Tensor | None = None,
         dlogits: Tensor | None = None,
         out: Tensor | None = None,
+        raw: Raw = COMPLETE,
     ) -> Tensor:
         heads = z, student, teachers
+        raw.complete(z, plain.complete, [student, *teachers])
         s, t = self.shard.merged(*plain.sides(*heads))
         row = Row(self.shard.in_columns(s), t, norm_gap(s, t), s.max - s.cross, beta)
         mean = s.mean
@@ -58,7 +61,10 @@ class Rows:
             plain.kl_grad(*heads, divergence, row, weight, cap, gradient, dlogits)
         return value if out is None else out.copy_(value)
 
-    def agreement(self, z: Tensor, student: int, teachers: list[int], k: int) -> tuple[Tensor, Tensor, Tensor]:
+    def agreement(
+        self, z: Tensor, student: int, teachers: list[int], k: int, raw: Raw = COMPLETE
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        raw.complete(z, plain.complete)
         s, t = self.shard.merged(*plain.sides(z, student, teachers))
         common = shared_overlap(self.shard, z, student, teachers, k)
         return common, divergence_from("forward", s, t), divergence_from("reverse", s, t)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .raw import COMPLETE, Raw
 from .stats import FAR, KLGradient, Row, Side, divergence_from, into, kl_gradient, log_mix, logprob_at_top, norm_gap
 
 # one block of rows of one array: what a CPU's cache holds several of; on a GPU, enough to fill it
@@ -28,7 +29,8 @@ def blocks(z: Tensor, arrays: int) -> Iterator[tuple[slice, list[Tensor]]]:
         yield slice(start, stop), list(scratch[:, : stop - start])
 
 
-def logprob(z: Tensor, tokens: Tensor | None = None, out: Side | None = None) -> Side:
+def logprob(z: Tensor, tokens: Tensor | None = None, out: Side | None = None, raw: Raw = COMPLETE) -> Side:
+    raw.complete(z, complete)
     sides = (own_side(z[0, rows], *scratch) for rows, scratch in blocks(z, 2))
     side = Side(*map(torch.cat, zip(*sides, strict=True)))
     return into(out, side if tokens is None else side._replace(cross=gathered(z[0], tokens)))
@@ -43,8 +45,10 @@ def logprob_grad(
     dlse: Tensor,
     cap: float | Tensor | None,
     dlogits: Tensor,
+    raw: Raw = COMPLETE,
 ) -> None:
     """g_v = dlogp (1[v = token] - p_v) - dentropy p_v (log p_v + entropy) + dlse p_v, finite even where p_v = 0."""
+    raw.complete(z, complete)
     logits = z[0]
     for rows, (e, x) in blocks(z, 2):
         own = Side(*(numbers[rows] for numbers in side))
@@ -82,7 +86,9 @@ def kl(
     cap: float | Tensor | None = None,
     dlogits: Tensor | None = None,
     out: Tensor | None = None,
+    raw: Raw = COMPLETE,
 ) -> Tensor:
+    raw.complete(z, complete, [student, *teachers])
     value = z.new_empty(len(teachers), z.shape[1]) if out is None else out
     for rows, scratch in blocks(z, 5):
         w = None if dlogits is None or weight is None else weight[:, rows]
@@ -249,7 +255,10 @@ def ratio(z: Tensor, other: Tensor, z_max: Tensor, other_max: Tensor, gap: Tenso
     return out.sub_(column(gap))
 
 
-def agreement(z: Tensor, student: int, teachers: list[int], k: int) -> tuple[Tensor, Tensor, Tensor]:
+def agreement(
+    z: Tensor, student: int, teachers: list[int], k: int, raw: Raw = COMPLETE
+) -> tuple[Tensor, Tensor, Tensor]:
+    raw.complete(z, complete)
     forward, reverse = (kl(z, student, teachers, divergence, 0.5) for divergence in ("forward", "reverse"))
     return overlap(z, student, teachers, k), forward, reverse
 
@@ -263,8 +272,13 @@ def overlap(z: Tensor, student: int, teachers: list[int], k: int) -> Tensor:
     return value
 
 
-def softcap(z: Tensor, cap: float) -> None:
-    z.div_(cap).tanh_().mul_(cap)
+def complete(z: Tensor, bias: Tensor | None, cap: float, temperature: Tensor | None) -> None:
+    if bias is not None:
+        z.add_(bias)
+    if cap:
+        z.div_(cap).tanh_().mul_(cap)
+    if temperature is not None:
+        z.div_(column(temperature))
 
 
 def top_k(logits: Tensor, k: int) -> Tensor:

@@ -18,15 +18,16 @@ from torch import Tensor
 
 from ..shard import Shard
 from . import HEAD_BITS
+from .complete import _complete_kernel
 from .finish import _jsd_finish_kernel, _kl_finish_kernel, _logprob_finish_kernel
 from .kernels import (
     _jsd_sums_kernel,
     _kl_grad_kernel,
     _logprob_grad_kernel,
     _overlap_kernel,
-    _softcap_kernel,
 )
 from .lanes import _kl_stats_kernel, _logprob_stats_kernel
+from .raw import COMPLETE, Raw
 from .split import shared_overlap
 from .stats import Side
 
@@ -53,6 +54,8 @@ TILE = 2048
 COUNT_TILE = 2048
 # enough programs to fill a GPU several times over
 PROGRAMS = 4096
+# whose raw logits one sweep completes
+RAW_TEACHERS = 4
 # rows that a program finishes, one a thread
 FINISHED = 32
 
@@ -65,7 +68,7 @@ class Rows:
         self.memory: dict[object, Tensor] = {}
 
     @on_its_device
-    def logprob(self, z: Tensor, tokens: Tensor | None = None, out: Side | None = None) -> Side:
+    def logprob(self, z: Tensor, tokens: Tensor | None = None, out: Side | None = None, raw: Raw = COMPLETE) -> Side:
         _, R, V = z.shape
         U = spans(z)
         S, *tiles = pieces(R, V, 4 * LANES * U, self.shard.columns)
@@ -74,9 +77,10 @@ class Rows:
         if out is None:
             out = Side(*(torch.empty(R, dtype=torch.int64 if i == 1 else z.dtype, device=z.device) for i in range(5)))
         found = self.planes("pieces", z, 5, S)
+        lacks, kind = self.of_one(z, raw)
         _logprob_stats_kernel[(R, S)](
-            z, found, tokens, R, V, z.stride(1), *tiles, self.shard.first, LANES=LANES, U=U, num_warps=NUM_WARPS,
-            maxnreg=registers(z, 1),
+            z, found, tokens, *lacks, R, V, z.stride(1), *tiles, self.shard.first, LACKS=kind, LANES=LANES, U=U,
+            num_warps=NUM_WARPS, maxnreg=registers(z, 1),
         )  # fmt: skip
         found = self.of_all_ranks(found)
         _logprob_finish_kernel[finishers(R)](found, *out, R, found.shape[1], BLOCK=FINISHED, num_warps=1)
@@ -93,15 +97,17 @@ class Rows:
         dlse: Tensor,
         cap: float | Tensor | None,
         dlogits: Tensor,
+        raw: Raw = COMPLETE,
     ) -> None:
         _, R, V = z.shape
         BLOCK = block(z, 1)
         S, *tiles = pieces(R, V, BLOCK)
         numbers = (side.top, side.max, side.tail, side.cross, side.moment, dlogp, dentropy, dlse)
+        (cap_ptr, step), (lacks, kind) = self.cap_of(z, cap), self.of_one(z, raw)
         _logprob_grad_kernel[(R, S)](
-            z, dlogits, tokens.contiguous(), *(x.contiguous() for x in numbers), *self.cap_of(z, cap),
-            dlogits.stride(0), V, z.stride(1), *tiles, self.shard.first, HAS_CAP=cap is not None, BLOCK=BLOCK,
-            num_warps=NUM_WARPS,
+            z, dlogits, tokens.contiguous(), *(x.contiguous() for x in numbers), cap_ptr, *lacks, step,
+            dlogits.stride(0), V, z.stride(1), *tiles, self.shard.first, LACKS=kind, HAS_CAP=cap is not None,
+            BLOCK=BLOCK, num_warps=NUM_WARPS,
         )  # fmt: skip
 
     @on_its_device
@@ -116,19 +122,18 @@ class Rows:
         cap: float | Tensor | None = None,
         dlogits: Tensor | None = None,
         out: Tensor | None = None,
+        raw: Raw = COMPLETE,
     ) -> Tensor:
-        found = self.sides(z, student, teachers)
+        found = self.sides(z, student, teachers, raw)
         weight = None if dlogits is None else weight
         value, numbers = self.finish(z, found, divergence, beta, weight, out)
         T, R, V = len(teachers), *z.shape[1:]
-        mix, place, sizes = self.mix(z, beta), placed(z, student, teachers), shape(z, T)
+        mix, place, sizes = self.mix(z, beta), placed(z, student, teachers), shape(z, T, beta)
         if divergence == "jsd":
             BLOCK = sums_block(z, T)
             S, *tiles = pieces(R, V, BLOCK, self.shard.columns)
             sums = self.planes("sums", z, 3 * T, S)
-            _jsd_sums_kernel[(R, S)](
-                z, numbers, mix, sums, *place, *tiles, ONE_SIDED=one_sided(beta), BLOCK=BLOCK, **sizes
-            )
+            _jsd_sums_kernel[(R, S)](z, numbers, mix, sums, *place, *tiles, BLOCK=BLOCK, **sizes)
             sums = self.of_all_ranks(sums)
             _jsd_finish_kernel[finishers(R)](
                 sums, numbers, *strided(weight, value), mix, R, sums.shape[1], *strides(weight, value),
@@ -139,12 +144,14 @@ class Rows:
             S, *tiles = pieces(R, V, BLOCK)
             _kl_grad_kernel[(R, S)](
                 z, dlogits, numbers, mix, *self.cap_of(z, cap), dlogits.stride(0), *place, *tiles, **kind(divergence),
-                ONE_SIDED=one_sided(beta), HAS_CAP=cap is not None, BLOCK=BLOCK, **sizes,
+                HAS_CAP=cap is not None, BLOCK=BLOCK, **sizes,
             )  # fmt: skip
         return value
 
-    def agreement(self, z: Tensor, student: int, teachers: list[int], k: int) -> tuple[Tensor, Tensor, Tensor]:
-        found = self.sides(z, student, teachers)
+    def agreement(
+        self, z: Tensor, student: int, teachers: list[int], k: int, raw: Raw = COMPLETE
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        found = self.sides(z, student, teachers, raw)
         forward, _ = self.finish(z, found, "forward", 0.5)
         reverse, _ = self.finish(z, found, "reverse", 0.5)
         count = functools.partial(shared_overlap, self.shard) if self.shard.split else self.overlap
@@ -163,26 +170,30 @@ class Rows:
         return common.to(z.dtype) / k
 
     @on_its_device
-    def softcap(self, z: Tensor, cap: float) -> None:
+    def complete(self, z: Tensor, bias: Tensor | None, cap: float, temperature: Tensor | None) -> None:
         R, V = z.shape
         BLOCK = min(TILE, max(16, triton.next_power_of_2(V)))
-        grid = R, triton.cdiv(V, BLOCK)
-        _softcap_kernel[grid](z, self.constant(z, cap, 1), V, z.stride(0), BLOCK=BLOCK, num_warps=NUM_WARPS)
+        alone = Raw(V, None if bias is None else bias.unsqueeze(0), [cap], temperature)
+        _complete_kernel[(R, triton.cdiv(V, BLOCK))](
+            z, *self.lacks(z, alone), V, z.stride(0), LACKS=alone.kind, BLOCK=BLOCK, num_warps=NUM_WARPS
+        )
 
     @on_its_device
-    def sides(self, z: Tensor, student: int, teachers: list[int]) -> Tensor:
+    def sides(self, z: Tensor, student: int, teachers: list[int], raw: Raw) -> Tensor:
         """(3 + 7 T, S, R) of `finish.py`: the student beside each teacher and each teacher beside the student."""
         _, R, V = z.shape
         T, U = len(teachers), spans(z, len(teachers))
         S, *tiles = pieces(R, V, 4 * LANES * U, self.shard.columns)
         found = self.planes("pieces", z, 3 + 7 * T, S)
-        # statistics of several teachers do not fit the registers in fp64
-        step = 1 if z.dtype == torch.float64 else T
+        own, theirs = (raw.kind * is_raw for is_raw in raw.take_sides(z, student, teachers, self.complete))
+        # statistics of several teachers do not fit the registers in fp64, nor raw logits of many
+        step = 1 if z.dtype == torch.float64 else min(T, RAW_TEACHERS) if theirs else T
         for j in range(0, T, step):
-            place = placed(z, student, teachers[j : j + step])
+            some, lacks = teachers[j : j + step], own if j == 0 else 0
             _kl_stats_kernel[(R, S)](
-                z, found, *place, *tiles, self.shard.first, j, T=step, BITS=HEAD_BITS, LANES=LANES, U=U,
-                num_warps=NUM_WARPS,
+                z, found, *self.lacks(z, raw), raw.stride, *placed(z, student, some), *tiles, self.shard.first, j,
+                LACKS=lacks, TEACHERS_LACK=theirs, T=len(some), BITS=HEAD_BITS, LANES=LANES, U=U,
+                num_warps=NUM_WARPS, maxnreg=registers(z, len(some)) if lacks or theirs else None,
             )  # fmt: skip
         return self.of_all_ranks(found)
 
@@ -238,6 +249,23 @@ class Rows:
         if key not in self.memory:
             self.memory[key] = torch.cat([self.constant(z, share, 1) for share in (beta, 1 - beta)])
         return self.memory[key]
+
+    def lacks(self, z: Tensor, raw: Raw) -> tuple[Tensor, Tensor, Tensor]:
+        """Biases, softcaps and temperatures as a kernel takes them: where there are none it reads none."""
+        key = ("caps", *raw.caps, z.dtype)
+        if key not in self.memory:
+            self.memory[key] = torch.cat([self.constant(z, cap, 1) for cap in raw.caps])
+        return (
+            z if raw.bias is None else raw.bias,
+            self.memory[key],
+            z if raw.temperature is None else raw.temperature,
+        )
+
+    def of_one(self, z: Tensor, raw: Raw) -> tuple[tuple[Tensor, Tensor, Tensor], int]:
+        """The same of z's one head, and what it lacks, which the sweep that asks completes."""
+        if z.shape[2] > raw.V:
+            raw.complete(z, self.complete, [0])
+        return self.lacks(z, raw), raw.kind if raw.take([0]) else 0
 
     def cap_of(self, z: Tensor, cap: float | Tensor | None) -> tuple[Tensor, int]:
         """Where the rows' softcap is, and the way to the next row's."""
@@ -296,15 +324,16 @@ def block(z: Tensor, T: int) -> int:
     return TILE // (2 if T > 2 else 1)
 
 
-def shape(z: Tensor, T: int) -> dict[str, int | None]:
-    return {"T": T, "BITS": HEAD_BITS, "num_warps": NUM_WARPS, "maxnreg": registers(z, T)}
+def shape(z: Tensor, T: int, beta: float) -> dict[str, int | None]:
+    own = {"T": T, "BITS": HEAD_BITS, "num_warps": NUM_WARPS, "ONE_SIDED": one_sided(beta)}
+    return own | {"maxnreg": registers(z, T, one_sided(beta))}
 
 
-def registers(z: Tensor, T: int) -> int | None:
-    """Of a thread: several teachers' numbers and doubles need more than the compiler takes by itself."""
+def registers(z: Tensor, T: int, one_sided: bool = False) -> int | None:
+    """Of a thread: several teachers' numbers, doubles and two ways to a logarithm need more than the compiler takes."""
     if T > 4 or z.dtype == torch.float64:
         return 168
-    return 128 if T > 1 else None
+    return 128 if T > 1 or one_sided else None
 
 
 def spans(z: Tensor, T: int = 1) -> int:

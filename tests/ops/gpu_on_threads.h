@@ -148,6 +148,7 @@ inline std::atomic_ref<uint64_t> state(uint64_t* barrier) { return std::atomic_r
 constexpr uint64_t PHASE = uint64_t(1) << 32;
 inline void init(uint64_t* barrier) { state(barrier) = 0; }
 inline void publish() {}
+inline void settle() {}
 inline void expect(uint64_t* barrier, int bytes) { state(barrier) += bytes ? bytes : PHASE; }
 inline void copy(void* shared, const void* global, int bytes, uint64_t* barrier) {
     emulated::engine->add([=] {

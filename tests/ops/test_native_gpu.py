@@ -3,6 +3,7 @@
 import ctypes
 import shutil
 import subprocess
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from kernel_cases import DIVERGENCES, relative
 
 from copd_kernels.rows import load
+from copd_kernels.rows.raw import Raw
 
 torch_rows = load("torch")
 HERE = Path(__file__).parent
@@ -161,11 +163,61 @@ def test_logprob_rows_match_the_torch_rows(gpu, reader):
     assert relative(g, wanted) < 1e-5
 
 
-def test_a_softcap_reaches_every_logit(gpu):
-    z = 20 * torch.randn(1003)
-    want = 30 * torch.tanh(z.double() / 30)
-    gpu.softcap_float(address(z), ctypes.c_long(z.numel()), ctypes.c_float(30.0))
-    torch.testing.assert_close(z.double(), want, rtol=1e-6, atol=0)
+@contextmanager
+def lacking(gpu, V, heads, R, which):
+    """The logits of those heads lack a bias, a softcap (but one head's, which has none) and a temperature a token."""
+    bias, temperature = torch.randn(heads, V), torch.rand(R) + 0.5
+    caps = [30.0, 0.0, 20.0][:heads]
+    kept = (ctypes.c_int * len(which))(*which), (ctypes.c_double * heads)(*caps)
+    gpu.set_raw_logits(kept[0], len(which), address(bias), ctypes.c_long(V), kept[1], address(temperature))
+    yield Raw(V, bias, caps, temperature, set(which))
+    gpu.set_raw_logits(None, 0, None, ctypes.c_long(0), None, None)
+
+
+def test_a_pass_completes_every_logit(gpu):
+    z = rows_of(5, 1003, gap=1).copy_(20 * torch.randn(5, 1003))
+    want = z.double()
+    with lacking(gpu, 1003, 1, 5, [0]) as raw:
+        raw.complete(want.unsqueeze(0), torch_rows.complete)
+        gpu.complete_float(address(z), ctypes.c_long(5), ctypes.c_long(1003), ctypes.c_long(z.stride(0)))
+    torch.testing.assert_close(z.double(), want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_raw_logits_are_completed_where_they_are_read_first(gpu, reader):
+    V, gap = READERS[reader][0], int("gap" in reader)
+    z, teachers, weight = logits(3, 5, V, gap=gap), [2, 1], torch.rand(2, 5)
+    complete, wanted = z.clone(), torch.empty(5, V)
+    with lacking(gpu, V, 3, 5, [0, 1, 2]) as raw:
+        raw.complete(complete, torch_rows.complete)
+        got = rows_of(5, V, gap=gap)
+        value = emulated_kl(gpu, z, teachers, "jsd", READERS[reader], weight, 50.0, got)
+    want = torch_rows.kl(complete, 0, teachers, "jsd", 0.3, weight, 50.0, wanted)
+    torch.testing.assert_close(z, complete, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(value, want, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("reader", ["memory, ragged", "two clusters"])
+def test_raw_logits_have_log_probabilities_and_gradients(gpu, reader):
+    V, clusters, shared = READERS[reader]
+    z, tokens, upstream = logits(2, 5, V)[:1], torch.randint(0, V, (5,)), torch.randn(3, 5)
+    side, top, made_again, complete = torch.empty(3, 5), torch.empty(5, dtype=torch.int64), z.clone(), z.clone()
+    pointers = [(ctypes.c_void_p * 3)(*(x.data_ptr() for x in numbers)) for numbers in (side, upstream)]
+    got, wanted = torch.empty(5, V), torch.empty(5, V)
+    with lacking(gpu, V, 1, 5, [0]) as raw:
+        raw.complete(complete, torch_rows.complete)
+        for rows, out in ((z, None), (made_again, got)):
+            gpu.logprob_float(
+                address(rows), ctypes.c_long(5), ctypes.c_long(V), ctypes.c_long(V), pointers[0], address(top),
+                address(tokens), pointers[1], ctypes.c_double(50.0), address(out), 0, clusters,
+                ctypes.c_long(shared // 3),
+            )  # fmt: skip
+    torch.testing.assert_close(z, complete, rtol=1e-5, atol=1e-5)
+    want = torch_rows.logprob(complete, tokens)
+    torch.testing.assert_close(side, torch.stack([want.max, want.tail, want.moment]), rtol=1e-4, atol=1e-5)
+    torch_rows.logprob_grad(complete, want, tokens, *upstream, 50.0, wanted)
+    torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-6)
 
 
 def test_rows_of_real_vocabularies_fit_a_cluster(gpu):

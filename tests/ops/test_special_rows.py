@@ -231,8 +231,9 @@ def test_what_lies_between_rows_reaches_no_other_result(backend, device):
     assert torch.equal(out, dlogits)
     for got, want in zip(rows.agreement(spread, 0, [1], 5), rows.agreement(z, 0, [1], 5), strict=True):
         assert torch.equal(got, want)
-    rows.softcap(spread[0], 2.0)
-    rows.softcap(z[0], 2.0)
+    lacks = torch.randn(1003, device=device), 2.0, torch.rand(4, device=device) + 0.5
+    rows.complete(spread[0], *lacks)
+    rows.complete(z[0], *lacks)
     assert torch.equal(spread, z)
 
 
