@@ -114,7 +114,8 @@ def kl_op(
     entropy = weight.new_zeros(N if stats else 0)
     parts = segments(N, teachers, teacher_index)
 
-    for segment in parts:
+    def sweep(segment: Segment) -> None:
+        """Its workspace is gone before the next one's is made."""
         H = 1 + sum(isinstance(teacher, Projection) for teacher in segment.teachers)
         plain = 1 + len(segment.teachers) == H and words is None
         # a row's gradient may be a sum over teachers that are asked apart
@@ -153,6 +154,8 @@ def kl_op(
                 diverge(z, asked, words, *how, rows, value[:, chunk], its, cap(chunk), dlogits, raw)
                 gradients.add(dlogits, mine, chunk)
 
+    for segment in parts:
+        sweep(segment)
     d = torch.where(weight == 0, 0, weight * value).sum(0)
     entropy = torch.where((weight != 0).any(0), entropy, 0) if stats else entropy
     told = d.new_zeros(len(teachers) if stats else 0)

@@ -15,6 +15,9 @@ from collections.abc import Callable
 from torch import Tensor
 
 SIZE = 2 << 20
+# what is larger is rarely memory that was used before, and the host of a virtual machine may have to find it first: 10 %
+# of a call whose logits took 134 MB
+MOST_BYTES = 64 << 20
 ADVICE: int | None = getattr(mmap, "MADV_HUGEPAGE", None)
 
 
@@ -23,7 +26,7 @@ def in_huge_pages(x: Tensor) -> Tensor:
     if x.device.type == "cpu" and ADVICE is not None:
         start, end = x.data_ptr(), x.data_ptr() + x.numel() * x.element_size()
         start, end = -(-start // SIZE) * SIZE, end // SIZE * SIZE
-        if end > start:
+        if 0 < end - start <= MOST_BYTES:
             # what it answers does not matter: it is advice
             madvise()(start, end - start, ADVICE)
     return x

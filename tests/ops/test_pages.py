@@ -25,8 +25,8 @@ def test_whole_huge_pages_within_the_buffer_and_no_byte_more(asked, offset):
     assert 0 <= end - (start + size) < pages.SIZE
 
 
-def test_a_buffer_that_holds_none_asks_for_none(asked):
-    for numel in (0, 1, pages.SIZE // 8):
+def test_a_buffer_that_holds_none_or_too_many_asks_for_none(asked):
+    for numel in (0, 1, pages.SIZE // 8, pages.MOST_BYTES):  # of four bytes each
         pages.in_huge_pages(torch.empty(numel))
     assert not asked
 
