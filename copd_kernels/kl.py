@@ -85,8 +85,8 @@ def kl_op(
     """
     dtype = logits_dtype([hidden, *teacher_hidden])
     tensors = [hidden, *teacher_hidden], [lm_head, *teacher_lm_head], [bias, *teacher_bias]
-    student, *heads = projections(Flat(*tensors, numbers, vocab_sizes, shard), temperature, dtype)
-    teachers = in_order(heads, teacher_lists, tails.split(","))
+    student, *projected = projections(Flat(*tensors, numbers, vocab_sizes, shard), temperature, dtype)
+    teachers = in_order(projected, teacher_lists, tails.split(","))
     words = Support.read(support)
     # one teacher is made of all: routed tokens have only one
     as_one = combine != "mean" and teacher_index is None
@@ -114,15 +114,20 @@ def kl_op(
     entropy = weight.new_zeros(N if stats else 0)
     parts = segments(N, teachers, teacher_index)
 
-    def sweep(segment: Segment) -> None:
-        """Its workspace is gone before the next one's is made."""
-        H = 1 + sum(isinstance(teacher, Projection) for teacher in segment.teachers)
-        plain = 1 + len(segment.teachers) == H and words is None
-        # a row's gradient may be a sum over teachers that are asked apart
-        room = 2 if gradients and not plain and passes(segment.teachers, words) > 1 else 0
-        space = Workspace(segment.size, H + room, student.columns, value, workspace_bytes, narrow)
+    def plain(segment: Segment) -> bool:
+        return words is None and segment.heads == 1 + len(segment.teachers)
+
+    def room(segment: Segment) -> int:
+        """A row's gradient may be a sum over teachers that are asked apart."""
+        return 2 if gradients and not plain(segment) and passes(segment.teachers, words) > 1 else 0
+
+    most = max((segment.size for segment in parts), default=0)
+    heads = max((segment.heads + room(segment) for segment in parts), default=1)
+    space = Workspace(most, heads, student.columns, value, workspace_bytes, narrow)
+
+    for segment in parts:
         lacks = lacking([student, *(x for x in segment.teachers if isinstance(x, Projection))], value)
-        for part in space.chunks:
+        for part in space.chunks_of(segment.size):
             chunk = slice(segment.start + part.start, segment.start + part.stop)
             z, mine, raw = space.logits(part), student.read(chunk), lacks.of_chunk(of_tokens(temperature, chunk))
             student.project(mine, z[0])
@@ -135,7 +140,7 @@ def kl_op(
                     place = 1 + sum(isinstance(other, int) for other in asked)
                     teacher.project(teacher.read(part), z[place])
                     asked.append(place)
-            if as_one or not plain:
+            if as_one or not plain(segment):
                 raw.complete(z, rows.complete)
             if stats:
                 # before the gradient takes the student's logits' place
@@ -144,7 +149,7 @@ def kl_op(
             if as_one:
                 if stats:
                     diverge(z, asked, words, *how, rows, apart[:, chunk])
-                combine_rows(z[1:H], teacher_weight.expand(-1, N)[:, chunk].to(dtype), combine, rows)
+                combine_rows(z[1 : segment.heads], teacher_weight.expand(-1, N)[:, chunk].to(dtype), combine, rows)
                 asked = [1]
             if gradients is None or factor is None:
                 diverge(z, asked, words, *how, rows, value[:, chunk], raw=raw)
@@ -154,8 +159,6 @@ def kl_op(
                 diverge(z, asked, words, *how, rows, value[:, chunk], its, cap(chunk), dlogits, raw)
                 gradients.add(dlogits, mine, chunk)
 
-    for segment in parts:
-        sweep(segment)
     d = torch.where(weight == 0, 0, weight * value).sum(0)
     entropy = torch.where((weight != 0).any(0), entropy, 0) if stats else entropy
     told = d.new_zeros(len(teachers) if stats else 0)
@@ -180,6 +183,11 @@ class Segment:
     size: int
     teachers: list[Projection | Listed]
     names: slice
+
+    @property
+    def heads(self) -> int:
+        """Those that are projected, the student with them."""
+        return 1 + sum(isinstance(teacher, Projection) for teacher in self.teachers)
 
 
 def put_back(x: Tensor, order: Tensor) -> Tensor:

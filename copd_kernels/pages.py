@@ -15,8 +15,8 @@ from collections.abc import Callable
 from torch import Tensor
 
 SIZE = 2 << 20
-# what is larger is rarely memory that was used before, and the host of a virtual machine may have to find it first: 10 %
-# of a call whose logits took 134 MB
+# what is larger is rarely memory that was used before, and the host of a virtual machine may have to find it first: a
+# tenth of the time of a call whose logits took 134 MB
 MOST_BYTES = 64 << 20
 ADVICE: int | None = getattr(mmap, "MADV_HUGEPAGE", None)
 

@@ -232,11 +232,15 @@ class Workspace:
         if self.kept is not None and not separate:
             most = N
         self.chunks = chunks(N, most)
-        R = max((c.stop - c.start for c in self.chunks), default=0)
+        R = self.height = max((c.stop - c.start for c in self.chunks), default=0)
         self.z = in_huge_pages(torch.empty(heads * R * stride if self.kept is None else 0, dtype=dtype, device=device))
         self.separate = None
         if dlogits_dtype:
             self.separate = in_huge_pages(torch.empty(R * stride, dtype=dlogits_dtype, device=device))
+
+    def chunks_of(self, N: int) -> list[slice]:
+        """Of fewer tokens, in the same memory."""
+        return chunks(N, self.height)
 
     def logits(self, chunk: slice) -> Tensor:
         """(H, R, V)"""
