@@ -32,8 +32,8 @@ from .shard import Shard
 MIB = 1 << 20
 WORKSPACE_BYTES = {"cpu": 256 * MIB, "cuda": 3072 * MIB}
 # on a CPU the first touch of fresh memory costs as much as the rows' work on it, and glibc maps blocks above this size
-# afresh each time; GEMMs gain little from more tokens than these, so such a chunk is no taller
-ENOUGH_BYTES, ENOUGH_TOKENS = 32 * MIB, 256
+# afresh each time; a chunk within it is tall enough for GEMMs from 128 tokens, and a larger one is no taller than 256
+ENOUGH_BYTES, ENOUGH_TOKENS = 32 * MIB, (128, 256)
 # on a CPU the first touch of a kept logit costs as much as making it again from this many numbers, or nearly; from this
 # many where `gemm` multiplies them
 KEEP_FROM_D, KEEP_FROM_D_IN_16_BITS = 64, 512
@@ -228,7 +228,8 @@ class Workspace:
         self.kept = kept if kept is not None and kept.numel() else None
         most = budget(workspace_bytes, device) // row_bytes
         if device.type == "cpu":
-            most = min(most, max(ENOUGH_TOKENS, ENOUGH_BYTES // row_bytes))
+            within = ENOUGH_BYTES // row_bytes
+            most = min(most, within if within >= ENOUGH_TOKENS[0] else ENOUGH_TOKENS[1])
         if self.kept is not None and not separate:
             most = N
         self.chunks = chunks(N, most)
