@@ -180,9 +180,9 @@ from copd_cases import make_config, run
 logging.basicConfig(level=logging.INFO)
 from copd.branch import Branch
 gather = Branch.native_batch
-def slow(self, step):
+def slow(self, step, **rest):
     print("step", step, flush=True); time.sleep(0.3)
-    return gather(self, step)
+    return gather(self, step, **rest)
 Branch.native_batch = slow
 run(make_config(pathlib.Path({folder!r}), "cycles=200", "name=stopped"))
 """
