@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import torch
 from copd_cases import make_branch, make_config, make_run
-from test_data import config, processor, rows, write  # noqa: F401  (fixtures)
+from test_data import config, rows
 from test_media import film
 
 from copd import media
@@ -76,7 +76,7 @@ def test_an_error_is_raised_where_it_is_taken():
 
 
 @pytest.fixture
-def films(write, tmp_path):  # noqa: F811
+def films(write, tmp_path):
     """A task's rows, each with a picture and a film; the last is held out."""
     for i in range(7):
         film(tmp_path / f"{i}.mp4", 4, rate=2)
@@ -84,7 +84,7 @@ def films(write, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize("most", [0, 2, 16])
-def test_rows_decoded_ahead_are_the_same_rows_each_decoded_once(processor, films, monkeypatch, most):  # noqa: F811
+def test_rows_decoded_ahead_are_the_same_rows_each_decoded_once(processor, films, monkeypatch, most):
     decoded, inner = [], media.read_video
     monkeypatch.setattr(
         media, "read_video", lambda *of: (decoded.append((of[0], threading.current_thread())), inner(*of))[1]
@@ -105,13 +105,13 @@ def test_rows_decoded_ahead_are_the_same_rows_each_decoded_once(processor, films
     assert sum(thread is not threading.main_thread() for _, thread in asked) == (6 + extra if most else 0)
 
 
-def test_a_task_without_media_needs_no_threads(processor, write):  # noqa: F811
+def test_a_task_without_media_needs_no_threads(processor, write):
     task = FileTask("text", config(write(*rows(4))), processor)
     assert len(draw(task, 2, 0, "key")) == 2
     assert task.ahead.pool is None
 
 
-def test_a_broken_file_is_named_as_it_is_without_threads(processor, films, tmp_path):  # noqa: F811
+def test_a_broken_file_is_named_as_it_is_without_threads(processor, films, tmp_path):
     (tmp_path / "3.mp4").write_text("no film")
     said = set()
     for most in (0, 16):
@@ -122,7 +122,7 @@ def test_a_broken_file_is_named_as_it_is_without_threads(processor, films, tmp_p
     assert len(said) == 1
 
 
-def test_a_row_in_place_of_one_that_is_too_long_disturbs_nothing(processor, films):  # noqa: F811
+def test_a_row_in_place_of_one_that_is_too_long_disturbs_nothing(processor, films):
     task = FileTask("film", config(films, max_prompt_tokens=1, overlong="next"), processor)
     task.expect([0, 3, 1])
     with pytest.raises(ValueError, match="one train prompt must have at most 1 tokens; got none"):

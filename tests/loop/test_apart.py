@@ -4,7 +4,7 @@ import math
 import time
 
 import pytest
-from test_data import config, processor, write  # noqa: F401  (fixtures)
+from test_data import config
 
 from copd import rewards
 from copd.apart import Apart
@@ -77,7 +77,7 @@ def test_its_process_ends_with_it(module):
     assert process.poll() is not None
 
 
-def test_a_task_gives_its_rewards_a_limit(processor, write, module, caplog):  # noqa: F811
+def test_a_task_gives_its_rewards_a_limit(processor, write, module, caplog):
     rows = [{"prompt": f"{i}?", "answer": "ok"} for i in range(5)]
     cfg = config(write(*rows), rewards=[f"{module}:moody"], reward_timeout=2.0)
     task = FileTask("text", cfg, processor)

@@ -8,7 +8,6 @@ import torch
 from copd_cases import make_config, make_run, run, same
 from safetensors.torch import load_file
 from test_data import checkpoint as save_model
-from test_data import processor  # noqa: F401  (a fixture)
 from test_media import film
 
 from copd import checkpoint, log, media, schema, train
@@ -84,7 +83,7 @@ def test_a_failing_reward_is_left_out_of_the_loss(tmp_path):
 
 
 @pytest.fixture
-def films(tmp_path, processor, monkeypatch):  # noqa: F811
+def films(tmp_path, processor, monkeypatch):
     """Settings of a run on rows of films, as a user has them: two steps of two rows, two more held out."""
     save_model(tmp_path / "model", processor)
     for i in range(6):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_data import config, processor, rows, write  # noqa: F401  (fixtures)
+from test_data import config
 
 from copd.data import FileTask
 from copd.media import read_image, read_video
@@ -63,7 +63,7 @@ TEXT = {"type": "text", "text": "Look:"}
         (parts(TEXT, {"type": "image_url", "image_url": "data:image/png;base64,WHITE"}), {}),
     ],
 )
-def test_an_image_is_seen_however_it_is_spelled(processor, write, tmp_path, prompt, columns):  # noqa: F811
+def test_an_image_is_seen_however_it_is_spelled(processor, write, tmp_path, prompt, columns):
     write()
     white = base64.b64encode(png("white")).decode()
     row = json.loads(json.dumps({"prompt": prompt} | columns).replace("WHITE", white))
@@ -75,7 +75,7 @@ def test_an_image_is_seen_however_it_is_spelled(processor, write, tmp_path, prom
     assert set(found.columns) <= {"answer"}
 
 
-def test_images_in_a_table_are_bytes_or_pictures(processor, tmp_path):  # noqa: F811
+def test_images_in_a_table_are_bytes_or_pictures(processor, tmp_path):
     datasets = pytest.importorskip("datasets")
     made = [{"prompt": f"{i}?", "images": [{"bytes": png(), "path": "gone.png"}], "answer": "1"} for i in range(3)]
     datasets.Dataset.from_list(made).to_parquet(tmp_path / "rows.parquet")
@@ -83,7 +83,7 @@ def test_images_in_a_table_are_bytes_or_pictures(processor, tmp_path):  # noqa: 
     assert prompt.media["image_grid_thw"].tolist() == [[1, 4, 6]]
 
 
-def test_several_images_and_videos_of_a_row_keep_their_places(processor, write, tmp_path):  # noqa: F811
+def test_several_images_and_videos_of_a_row_keep_their_places(processor, write, tmp_path):
     write()
     film(tmp_path / "b.mp4", 8)
     row = {"prompt": "A <image> then <video>, <video> and <image>.", "images": ["a.png", "a.png"]}
@@ -115,7 +115,7 @@ def test_several_images_and_videos_of_a_row_keep_their_places(processor, write, 
         ("easyr1", {"problem": "Look: <image>", "images": ["a.png"], "answer": "4"}),
     ],
 )
-def test_rows_of_other_trainers_give_the_same_prompt(processor, write, format, row):  # noqa: F811
+def test_rows_of_other_trainers_give_the_same_prompt(processor, write, format, row):
     file = write(row | {"answer": row.get("answer")}, row | {"answer": row.get("answer"), "images": []} | LAST[format])
     found = FileTask("image", config(file, format=format), processor).prompt(0)
     assert "Look: <|vision_start|><|image_pad|>" in found.text
@@ -129,7 +129,7 @@ LAST = {
 }
 
 
-def test_columns_may_have_any_name(processor, write):  # noqa: F811
+def test_columns_may_have_any_name(processor, write):
     row = {"question": "Hi", "meta": {"gold": "4"}, "photo": ["a.png"]}
     names = {"prompt": "question", "answer": "meta.gold", "images": "photo"}
     found = FileTask("image", config(write(row, row | {"question": "Ho"}), columns=names), processor).prompt(0)
@@ -155,12 +155,12 @@ def test_columns_may_have_any_name(processor, write):  # noqa: F811
         ({"prompt": parts({"type": "image"})}, "messages must place each image once, 0 in all; got 1"),
     ],
 )
-def test_what_would_train_a_model_blind_is_an_error_at_the_start(processor, write, row, message):  # noqa: F811
+def test_what_would_train_a_model_blind_is_an_error_at_the_start(processor, write, row, message):
     with pytest.raises(ValueError, match=f"blind: row 1 of .*rows.jsonl: {message}"):
         FileTask("blind", config(write({"prompt": "Hi"}, row, {"prompt": "Bye"})), processor)
 
 
-def test_media_may_be_left_out_on_purpose(processor, write):  # noqa: F811
+def test_media_may_be_left_out_on_purpose(processor, write):
     file = write({"prompt": "Hi <image>", "images": ["a.png"], "photo": "a.png"}, {"prompt": "Bye"})
     cfg = config(file, columns={"images": None, "photo": None})
     assert not FileTask("text", cfg, processor).prompt(0).media
@@ -235,7 +235,7 @@ def test_a_phones_video_is_shown_as_people_see_it(tmp_path, how):
 
 
 @pytest.mark.parametrize("kind", ["text", "empty", "cut", "sound", "unequal", "none"])
-def test_a_video_that_cannot_be_read_names_its_row(processor, write, tmp_path, kind):  # noqa: F811
+def test_a_video_that_cannot_be_read_names_its_row(processor, write, tmp_path, kind):
     path = tmp_path / "bad.mp4"
     if kind == "cut":
         film(path, 25, size=(64, 64), codec="mpeg4")
@@ -256,7 +256,7 @@ def test_a_video_that_cannot_be_read_names_its_row(processor, write, tmp_path, k
 
 
 @pytest.mark.parametrize("kind", ["text", "empty", "cut", "chunk", "bomb"])
-def test_a_picture_that_cannot_be_read_names_its_row(processor, write, tmp_path, kind):  # noqa: F811
+def test_a_picture_that_cannot_be_read_names_its_row(processor, write, tmp_path, kind):
     noise = np.random.default_rng(0).integers(0, 255, (256, 256, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / "bad.png")
     data = (tmp_path / "bad.png").read_bytes()
@@ -271,7 +271,7 @@ def test_a_picture_that_cannot_be_read_names_its_row(processor, write, tmp_path,
         FileTask("image", config(file), processor).prompt(0)
 
 
-def test_an_image_comes_from_the_network_or_its_row_is_named(processor, write, tmp_path):  # noqa: F811
+def test_an_image_comes_from_the_network_or_its_row_is_named(processor, write, tmp_path):
     write()
 
     class Quiet(SimpleHTTPRequestHandler):
@@ -294,7 +294,7 @@ def test_an_image_comes_from_the_network_or_its_row_is_named(processor, write, t
         server.shutdown()
 
 
-def test_what_is_left_out_is_counted(processor, write, caplog):  # noqa: F811
+def test_what_is_left_out_is_counted(processor, write, caplog):
     caplog.set_level("INFO", "copd")
     path = write({"prompt": "long " * 50}, {"prompt": "Hi"}, {"prompt": "Bye"}, {"prompt": "Bye"})
     task = FileTask("text", config(path, max_prompt_tokens=40, overlong="next"), processor)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from copd_cases import make_branch, make_config
 from test_adapter import make_base, moved
-from test_data import EXAMPLES, processor  # noqa: F401  (a fixture)
+from test_data import EXAMPLES
 from test_data import checkpoint as save_model
 from transformers import Gemma2Config, Gemma2ForCausalLM, MixtralConfig, MixtralForCausalLM, PhiConfig, PhiForCausalLM
 
@@ -34,7 +34,7 @@ def config(folder, *overrides):
 
 
 @pytest.fixture(scope="module")
-def branches(tmp_path_factory, processor):  # noqa: F811
+def branches(tmp_path_factory, processor):
     """Three policies, each of a domain of its own, that share one engine."""
     cfg = config(tmp_path_factory.mktemp("runs"))
     made = [make_branch(cfg, name, seed) for seed, name in enumerate(DOMAINS)]
@@ -141,7 +141,7 @@ def test_after_an_exception_inside_it_nothing_is_sampled(branches, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def adapters(tmp_path_factory, processor):  # noqa: F811
+def adapters(tmp_path_factory, processor):
     """Three adapters on one base, and the base itself, that share one engine."""
     cfg = config(tmp_path_factory.mktemp("runs"), *LORA)
     base = make_base(cfg)
@@ -188,7 +188,7 @@ TOKENIZER, PIXELS = "tokenizer_config.json", "processor_config.json"
         ((PIXELS, "Qwen3VLProcessor", "NoProcessor"), "TokenizersBackend, which reads no pictures"),
     ],
 )
-def test_a_processor_that_is_read_as_another_one_is_refused(branches, processor, monkeypatch, change, got):  # noqa: F811
+def test_a_processor_that_is_read_as_another_one_is_refused(branches, processor, monkeypatch, change, got):
     (file, written, instead), save = change, type(processor).save_pretrained
 
     def otherwise(self, folder):
@@ -203,7 +203,7 @@ def test_a_processor_that_is_read_as_another_one_is_refused(branches, processor,
         vllm.sample(branches[0].weights, [], 1, branches[0].special, 0)
 
 
-def test_an_option_that_the_engine_does_not_know_is_named(branches, processor):  # noqa: F811
+def test_an_option_that_the_engine_does_not_know_is_named(branches, processor):
     cfg = branches[0].cfg
     cfg = replace(cfg, rollout=replace(cfg.rollout, engine_options={"max_num_sequences": 8}))
     vllm = engine.make(cfg, branches[0].model, processor)
@@ -213,7 +213,7 @@ def test_an_option_that_the_engine_does_not_know_is_named(branches, processor): 
         vllm.sample(branches[0].weights, [], 1, branches[0].special, 0)
 
 
-def test_a_run_samples_with_it_and_goes_on_after_it_failed_and_eval_too(processor, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_run_samples_with_it_and_goes_on_after_it_failed_and_eval_too(processor, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(EXAMPLES.parent)
     save_model(tmp_path / "base", processor, hidden_size=128, vision_hidden_size=64)
     options = [
@@ -247,7 +247,7 @@ def test_a_run_samples_with_it_and_goes_on_after_it_failed_and_eval_too(processo
 
 
 # engines of their own come last: one that is let go takes the process group of the others with it
-def test_more_prompts_than_a_forward_of_the_engine_takes_are_sampled(branches, processor, monkeypatch):  # noqa: F811
+def test_more_prompts_than_a_forward_of_the_engine_takes_are_sampled(branches, processor, monkeypatch):
     branch = branches[0]
     prompt, names = branch.tasks[0].prompt(0), ("input_ids", "mm_token_type_ids")
     long = [replace(prompt, **{name: getattr(prompt, name) * (7 + i) for name in names}) for i in range(12)]
