@@ -2,7 +2,7 @@
 //
 // F is what one lane holds: a number on a GPU, a vector of numbers on a CPU. S is a plain number. A GPU reads a row from
 // memory as seldom as it can: each lane folds the columns it is given into a `Side`, and sides merge exactly, in a fixed
-// order. A CPU has the row in its cache and finds the top token first (rows_cpu.cpp). Everything is measured from a
+// order. A CPU has the row in its cache and finds the top token first (passes.h). Everything is measured from a
 // distribution's own top token, because differences from there do not cancel. With p the softmax of z, c its top token,
 // and x = z - t against another distribution's logits t (x = z if there is none),
 //
