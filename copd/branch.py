@@ -116,10 +116,12 @@ class Branch:
         self, task: Task, teachers: Sequence[str], step: int, shared_by: int = 1, end: float = math.inf
     ) -> Batch:
         """This policy's rollouts on `task`, for its owner, who comes first among the teachers, and others to score."""
-        cfg, count, turns = self.cfg, self.cfg.rollout.prompts, len(self.tasks)
+        cfg, count = self.cfg, self.cfg.rollout.prompts
+        turns = 1 if cfg.mixed_batch == "joint" else len(self.tasks)
         if cfg.opd.batch == "split":
             count = max(1, count // shared_by)
-        key = (cfg.seed, "cross", self.task_of(step).name, task.name)
+        own = task if len(self.tasks) > 1 else self.tasks[0]
+        key = (cfg.seed, "cross", own.name, task.name)
         prompts = draw(task, count, step, *key, every=turns, more=step + turns < end)
         rollout = self._shared(prompts, seed_of("sample", *key, step))
         lesson = Lesson(

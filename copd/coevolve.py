@@ -113,15 +113,17 @@ def make_plan(
     where: dict[str, Any] = {"tasks": tasks, "place": place}
     # batches on which `copd` distils
     taught = topology.cross_batches(cfg) * cfg.cycles * cfg.opd_steps + cfg.consolidate.steps
+    in_turn = cfg.mixed_batch == "in_turn"
     if cfg.method == "mixed":
         batches = cfg.steps * len(tasks) + (taught if cfg.mixed_rollouts == "all" else 0)
-        steps = math.ceil(batches / len(tasks)) if cfg.mixed_batch == "joint" else batches
+        steps = batches if in_turn else math.ceil(batches / len(tasks))
         return Plan([branch("mixed", everything)], ["rl"] * (cfg.mixed_steps or steps), **where)
     if cfg.method == "mopd":
         experts = [branch(name, [task], expert(name)) for name, task in tasks.items()]
-        student = branch("student", everything)
-        phases, teachers = ["opd"] * (cfg.mopd_steps or taught), {"student": list(tasks)}
-        return Plan([student], phases, teachers, native=False, in_turn=True, experts=experts, **where)
+        student, teachers = branch("student", everything), {"student": list(tasks)}
+        one = in_turn or cfg.opd.batch == "split"  # batch a step
+        phases = ["opd"] * (cfg.mopd_steps or (taught if one else math.ceil(taught / len(tasks))))
+        return Plan([student], phases, teachers, native=False, in_turn=in_turn, experts=experts, **where)
     learners = [branch(name, [task]) for name, task in tasks.items() if place.holds(name)]
     after = ["consolidate"] * cfg.consolidate.steps
 

@@ -64,14 +64,14 @@ class Config:
     overlap: OverlapConfig = field(default_factory=OverlapConfig)
     consolidate: ConsolidateConfig = field(default_factory=ConsolidateConfig)
     mixed_batch: Literal["in_turn", "joint"] = "in_turn"
-    """`mixed`: a domain a step, or a batch of every domain in every step"""
+    """of `mixed` and of the student of `mopd`: a domain a step, or a batch of every domain in every step"""
     mixed_steps: int | None = None
     """steps of `mixed`; None: as many as `mixed_rollouts` says"""
     mixed_rollouts: Literal["native", "all"] = "native"
     """what `mixed` samples: as much as the branches' native batches, K times their steps or jointly as many; or as all
     of `copd` with the same settings, for distillation and consolidation too"""
     mopd_steps: int | None = None
-    """steps of the `mopd` student, one teacher a step; None: the distillation batches of `copd`, consolidation's too"""
+    """steps of the `mopd` student; None: as many as take the distillation batches of `copd`, consolidation's too"""
     experts: str | None = None
     """folder of a finished `expert` or `independent` run whose branches teach in `mopd`; None trains them first"""
     model: ModelConfig = field(default_factory=ModelConfig)

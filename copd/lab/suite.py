@@ -216,7 +216,8 @@ class Suite:
         )
 
     def comparisons(self) -> list[Comparison]:
-        """CoPD's headline over the other arms'; CoPD over the MOPD of its settings; branches over experts at home."""
+        """CoPD's headline over the other arms'; CoPD over the MOPD of its signal and as many rollouts; branches over
+        experts at home."""
         found: list[Comparison] = []
 
         def add(label: str, one: Seeds, two: Seeds) -> None:
@@ -233,15 +234,25 @@ class Suite:
         for arm in self.arms.values():
             if arm is not self.main:
                 over(self.main, arm)
-        alike = [(one, two) for one in self.arms.values() for two in self.arms.values() if twins(one, two)]
-        for one, two in alike:
-            if one is not self.main:
-                over(one, two)
+        for one in self.arms.values():
+            for two in self.arms.values():
+                if one is not self.main and self.matched(one, two):
+                    over(one, two)
         if "experts" in self.models:
             branches = [self.finals(self.main.runs, branch)[domain] for branch, domain in self.own.items()]
             home = {seed: fmean(branch[seed] for branch in branches) for seed in self.main.runs}
             add("CoPD branches over experts, each at home", home, self.models["experts"].accuracy["overall"])
         return found
+
+    def matched(self, one: Arm, two: Arm) -> bool:
+        """CoPD and the MOPD that was given its signal and its number of rollouts."""
+
+        def given(arm: Arm) -> list[Any]:
+            model = self.headline(arm)
+            signal = OmegaConf.select(OmegaConf.create(arm.first["config"]), "opd.signal")
+            return [signal, round(model.rollouts) if model else None]
+
+        return (one.method, two.method) == ("copd", "mopd") and given(one) == given(two)
 
     def rows(self) -> list[list[str]]:
         """Rows (comparison, first, second, difference, seeds ahead), whichever way they go."""
@@ -312,14 +323,3 @@ def spent(run: Result, name: str) -> tuple[int, int]:
     if name == "consolidated":
         after = {"rollouts": 0, "steps": 0}
     return run["cost"]["rollouts"] - after["rollouts"], run["phases"][-1][2] - after["steps"]
-
-
-def twins(one: Arm, two: Arm) -> bool:
-    """CoPD and the MOPD that was given its signal and its number of rollouts."""
-
-    def settings(arm: Arm) -> list[Any]:
-        config = arm.first["config"]
-        names = ("opd.signal", "topology", "cycles", "opd_steps", "consolidate.steps", "schedule")
-        return [OmegaConf.select(OmegaConf.create(config), name) for name in names]
-
-    return (one.method, two.method) == ("copd", "mopd") and settings(one) == settings(two)

@@ -152,16 +152,19 @@ def test_arms_of_one_method_stand_side_by_side(tmp_path):
     for run in runs:
         if run.get("arm"):
             run["config"]["opd"] = {"signal": "sampled"}
+        if run.get("arm") == "paper":  # as many as MOPD and its experts
+            run["cost"]["rollouts"] = 2400
     report.write(save(tmp_path, *runs))
     text = (tmp_path / "results.md").read_text()
     assert cells(text, "CoPD merged")[3:] == ["86.0 ± 0.6", "3", "1,200", "12"]
     assert cells(text, "CoPD consolidated")[3:] == ["**91.0 ± 0.6**", "3", "1,500", "15"]
     assert cells(text, "Experts averaged")[3:] == ["71.0 ± 0.6", "3", "1,200", "12"]
-    assert cells(text, "CoPD, paper (merged)")[3:] == ["60.5 ± 0.5", "2", "1,200", "12"]
+    assert cells(text, "CoPD, paper (merged)")[3:] == ["60.5 ± 0.5", "2", "2,400", "12"]
     # its experts were not consolidated
     assert cells(text, "MOPD, sampled, 12 steps")[3:] == ["50.5 ± 0.5", "2", "2,400", "24"]
     assert cells(text, "CoPD consolidated over CoPD, paper (merged)")[2:] == ["+30.0 ± 0.0", "2 of 2"]
     assert cells(text, "CoPD, paper (merged) over MOPD, sampled, 12 steps")[2:] == ["+10.0 ± 0.0", "2 of 2"]
+    assert "CoPD, paper (merged) over MOPD, 12 steps" not in text  # of another signal
     assert (
         "3 seeds: CoPD consolidated 91.0 ± 0.6 % overall.\n  Ahead in every seed: over Experts consolidated +15" in text
     )

@@ -158,13 +158,15 @@ def test_every_row_of_a_phase_but_the_first_steps_is_expected_and_none_beyond_it
     assert (drawn - expected).total() == first
 
 
-def test_a_student_of_experts_in_turn_expects_what_each_will_ask(tmp_path):
-    cfg, expected, drawn = make_config(tmp_path, "method=mopd"), Counter(), Counter()
+@pytest.mark.parametrize("batch", ["in_turn", "joint"])
+def test_a_student_of_experts_expects_what_each_will_ask(tmp_path, batch):
+    cfg = make_config(tmp_path, "method=mopd", f"mixed_batch={batch}")
+    expected, drawn, in_turn = Counter(), Counter(), batch == "in_turn"
     experts = [make_branch(cfg, name) for name in ("text", "image")]
     student = make_branch(cfg, "student", domain="text")
     student.tasks = [count(expert.tasks[0], expected, drawn) for expert in experts]
     teachers = {"student": ["text", "image"]}
-    for _ in coevolve(Plan([student], ["opd"] * 5, teachers, native=False, in_turn=True, experts=experts)):
+    for _ in coevolve(Plan([student], ["opd"] * 5, teachers, native=False, in_turn=in_turn, experts=experts)):
         pass
     assert not expected - drawn
     assert (drawn - expected).total() == 2 * 2

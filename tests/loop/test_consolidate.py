@@ -230,6 +230,17 @@ def test_joint_mixed_batches_hold_every_domain_in_every_step(tmp_path):
     assert metrics["rollouts"] == 3 * 2 * 3
 
 
+def test_a_joint_student_of_experts_learns_from_each_in_every_step(tmp_path):
+    settings = ("method=mopd", "mixed_batch=joint", "opd.signal=forward")
+    cfg = make_config(tmp_path, *settings, domains=("text", "image", "video"))
+    plan = make_run(cfg).plan
+    batches = gather(plan, "opd", 1)["student"]
+    assert [(batch.domain, str(batch.lesson)) for batch in batches] == [
+        (name, repr(name)) for name in ("text", "image", "video")
+    ]
+    assert plan.branches[0].learn(batches)["rollouts"] == 3 * 2 * 3
+
+
 def planned(tmp_path, *settings):
     """The phases of a run of three branches, two steps each."""
     cfg = make_config(tmp_path, *settings, domains=("text", "image", "video"))
@@ -248,6 +259,8 @@ def planned(tmp_path, *settings):
         (("topology=all",), 6),
         (("topology=all", "opd.batch=split"), 3),
         (("topology=all", "consolidate.steps=5"), 11),
+        (("topology=all", "consolidate.steps=5", "mixed_batch=joint"), 4),
+        (("topology=all", "opd.batch=split", "mixed_batch=joint"), 3),
         (("mopd_steps=3",), 3),
     ],
 )
