@@ -5,7 +5,8 @@ An arm is a method with settings of its own; one method may stand in several.
     copd study --config configs/study.yaml [key=value ...]
 
 Finished runs are skipped and interrupted ones resumed, so the same command continues a study. The first arm runs alone
-in each (variant, seed): it makes the warm start that the others share, and, `independent`, the experts of `mopd`.
+in each (variant, seed): it makes the warm start that the others share, and, `independent`, the experts of `mopd`. A
+warm start made again, by other code or on another processor, is another base: it stays with the runs that began there.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ class Study:
         experts = next((other for other in self.arms if self.method(other) == "independent"), None)
         if method == "mopd" and experts:
             own["experts"] = f"{folder}/{experts}-seed{seed}"
-        return OmegaConf.merge(self.common, self.variants[variant], self.arms[arm], own)
+        kept = {"warmstart": {"cache_dir": f"{self.output_dir}/warmstart"}}
+        return OmegaConf.merge(kept, self.common, self.variants[variant], self.arms[arm], own)
 
     def chosen(self, variant: str) -> list[str]:
         """The arms to run now."""

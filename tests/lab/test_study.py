@@ -46,6 +46,8 @@ def test_an_arm_is_a_method_with_settings_of_its_own(tmp_path):
         ("copd", "sampled"),
     ]
     assert cfg["frozen"].experts == str(cfg["alone"].run_dir)
+    # from one base, which stays with them
+    assert {made.warmstart.cache_dir for made in cfg.values()} == {f"{tmp_path}/warmstart"}
     assert plan.chosen("tiny") == ["frozen", "alone"]
     assert plan.chosen("other") == ["copd"]
 

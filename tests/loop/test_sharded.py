@@ -26,6 +26,8 @@ CASES = {
     # in its last step some ranks have images and others not
     "sampled": (4, ("opd.signal=sampled", "rlvr.loss_aggregation=token", "consolidate.steps=1", "opd.batch=split")),
     "mopd": (2, ("method=mopd", "mopd_steps=2", "model.compile=eager")),
+    "joint-mopd": (2, ("method=mopd", "mopd_steps=2", "mixed_batch=joint", "opd.signal=forward")),
+    "expert": (4, ("method=expert", "cycles=1")),
 }
 
 
@@ -34,10 +36,40 @@ def test_two_ranks_a_branch_make_the_run_of_one_process(case, tmp_path, ranks):
     size, settings = CASES[case]
     for folder, number in (("alone", 1), ("together", size)):
         ranks(number, whole_run, tmp_path / folder, (*SETTINGS, *settings), TWO)
+    assert_same_run(tmp_path)
+
+
+def cut_run(folder, settings):
+    """A run in which the last two of four completed prompts are truncated: all that the second of two ranks has."""
+    cfg = make_config(folder, *settings)
+    trainer = train.Run(cfg, *begin(cfg, CPU))
+    (branch,) = trainer.plan.branches
+    rollout = branch.rollout
+
+    def cut(*given, first=0, **options):
+        made = rollout(*given, first=first, **options)
+        made.truncated[max(0, 2 - first) * cfg.rollout.samples :] = True
+        return made
+
+    branch.rollout = cut
+    trainer.finish(trainer.train())
+
+
+@pytest.mark.parametrize("aggregation", ["sequence", "token"])
+def test_a_rank_whose_tokens_are_all_masked_takes_part(tmp_path, ranks, aggregation):
+    settings = ("method=mixed", "mixed_steps=2", f"rlvr.loss_aggregation={aggregation}", "rollout.prompts=4")
+    for folder, number in (("alone", 1), ("together", 2)):
+        ranks(number, cut_run, tmp_path / folder, (*SETTINGS, *settings))
+    assert_same_run(tmp_path)
+
+
+def assert_same_run(tmp_path):
+    """To rounding, with the same tokens: the run of one process, in `alone`, and that of several, in `together`."""
     alone, together = (
         [json.loads(line) for line in (tmp_path / folder / "run" / "metrics.jsonl").read_text().splitlines()]
         for folder in ("alone", "together")
     )
+    assert any(record.get("grad_norm", 0) > 0 for record in alone)
     for a, b in zip(alone, together, strict=True):
         assert a.keys() == b.keys()
         for name in ("tokens", "rollouts", "reward", "num_tokens", "completions/mean_length"):
