@@ -17,12 +17,7 @@ STUDY = Path(__file__).parents[2] / "configs" / "study.yaml"
 def test_branches_that_teach_each_other_stay_close_and_average_well(tmp_path):
     """Margins that every seed of earlier runs kept several times over; see the ordering against mixed RLVR and MOPD in
     `results/`, which no test may assume."""
-    settings = [
-        f"output_dir={tmp_path}",
-        "common.cycles=4",
-        "common.consolidate.steps=0",
-        f"common.warmstart.cache_dir={tmp_path / 'warmstart'}",
-    ]
+    settings = [f"output_dir={tmp_path}", "common.cycles=4", "common.consolidate.steps=0"]
     plan = schema.load(study.Study, STUDY, settings)
     runs = {
         method: run(schema.load(LabConfig, study.write_config(plan, "sharpen-k2", 0, method)))
