@@ -114,15 +114,15 @@ def make_plan(
     # batches on which `copd` distils
     taught = topology.cross_batches(cfg) * cfg.cycles * cfg.opd_steps + cfg.consolidate.steps
     in_turn = cfg.mixed_batch == "in_turn"
+    a_step = 1 if in_turn else len(tasks)  # batches of a model that learns every domain
     if cfg.method == "mixed":
         batches = cfg.steps * len(tasks) + (taught if cfg.mixed_rollouts == "all" else 0)
-        steps = batches if in_turn else math.ceil(batches / len(tasks))
-        return Plan([branch("mixed", everything)], ["rl"] * (cfg.mixed_steps or steps), **where)
+        return Plan([branch("mixed", everything)], ["rl"] * (cfg.mixed_steps or math.ceil(batches / a_step)), **where)
     if cfg.method == "mopd":
         experts = [branch(name, [task], expert(name)) for name, task in tasks.items()]
         student, teachers = branch("student", everything), {"student": list(tasks)}
-        one = in_turn or cfg.opd.batch == "split"  # batch a step
-        phases = ["opd"] * (cfg.mopd_steps or (taught if one else math.ceil(taught / len(tasks))))
+        a_step = 1 if cfg.opd.batch == "split" else a_step  # all teachers share one
+        phases = ["opd"] * (cfg.mopd_steps or math.ceil(taught / a_step))
         return Plan([student], phases, teachers, native=False, in_turn=in_turn, experts=experts, **where)
     learners = [branch(name, [task]) for name, task in tasks.items() if place.holds(name)]
     after = ["consolidate"] * cfg.consolidate.steps
